@@ -1,0 +1,37 @@
+"""Grocery Store photographs (embedded, 64 px): learn without labels, prototypes decoupled from the encoder.
+
+    protojax train --config=quickstart                 # arm decoupled
+    protojax train --config=quickstart:joint           # its joint twin
+    protojax train --config=quickstart:smoke           # two steps, to see that everything runs
+
+Time and numbers on two CPU cores: docs/results/quickstart.md.
+"""
+
+from ml_collections import ConfigDict
+
+from protojax import arms, experiment
+from protojax.config import component, defaults, parse_argument
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    arm, flags = parse_argument(argument, arms.ARMS)
+    c = defaults()
+    c.name = "quickstart"
+    c.data.source = component("embedded")
+    c.data.batch_size = 128
+    c.method.steps = 600
+    c.method.backbone = component("resnet_micro")
+    c.method.head = component("carp", hidden=256, dim=64, normalise=True)
+    c.method.views = component(
+        "multicrop", global_size=40, global_scale=(0.2, 1.0), local_count=0, blur_sigma=(0.1, 0.6)
+    )
+    c.method.estimator = component("mixture", components=512, features="unit")
+    c.method.objective = ConfigDict({"carp": {"block": 512, "temperature": 0.1}})
+    c.method.optim = component("adamw", peak_lr=2e-3, weight_decay=0.05, warmup_fraction=0.1)
+    c.method.teacher.start = 0.99
+    c.evals.labels = ("fine", "coarse")
+    c.evals.groups = "terciles"
+    arms.apply(c, arm)
+    if "smoke" in flags:
+        arms.smoke(c)
+    return experiment.fill(c)

@@ -1,0 +1,86 @@
+"""The arms of the prototype experiments, in one place: what differs between them is a few lines each.
+
+joint: the optimiser moves the prototypes with the encoder. partial: a teacher-side clustering head with its own loss
+(CAPI-like). decoupled: online EM alone moves them. frozen: nobody does (control). The rest are ablations of decoupled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_collections
+
+from protojax.config import component
+
+Change = Callable[[ml_collections.ConfigDict], None]
+
+
+def _estimator(name: str, **options: object) -> Change:
+    def change(c: ml_collections.ConfigDict) -> None:
+        old = c.method.estimator
+        c.method.estimator = component(name, components=old.components, **options)
+        if name != "capi" and "features" in old:  # capi reads unit features always
+            c.method.estimator.features = old.features
+
+    return change
+
+
+def _option(**options: object) -> Change:
+    def change(c: ml_collections.ConfigDict) -> None:
+        for k, v in options.items():
+            c.method.estimator[k] = v
+
+    return change
+
+
+def _joint_koleo(c: ml_collections.ConfigDict) -> None:
+    _estimator("learned")(c)
+    c.method.objective.koleo_proto = ml_collections.ConfigDict({"weight": 0.1})
+
+
+def _changed(part: ml_collections.ConfigDict, **options: object) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict({**part, **options}, convert_dict=False)
+
+
+ARMS: dict[str, Change] = {
+    "decoupled": lambda c: None,
+    "joint": _estimator("learned"),
+    "partial": _estimator("capi"),
+    "frozen": _estimator("frozen"),
+    "joint_koleo": _joint_koleo,
+    "mixture": _estimator("mixture"),
+    "balanced": _estimator("balanced"),
+    "no_annealing": _option(beta=1.0),
+    "uniform_forgetting": _option(forgetting="uniform"),
+    "no_centering": _option(center=False),
+    "no_price": _option(price=0.0),
+    "no_revival": _option(revive=0),
+}
+
+
+def apply(c: ml_collections.ConfigDict, arm: str) -> ml_collections.ConfigDict:
+    """Turn a decoupled configuration into the arm; sets c.arm."""
+    ARMS[arm](c)
+    c.arm = arm
+    return c
+
+
+def smoke(c: ml_collections.ConfigDict) -> None:
+    """Two steps at the smallest sizes on synthetic images: everything runs, nothing is learned, no file is needed."""
+    c.name += "_smoke"
+    c.data.source = component("synthetic", classes=4, size=64, side=32)
+    c.data.root = None
+    c.data.train_split, c.data.test_split = "train", "test"
+    c.data.batch_size, c.evals.batch_size = 16, 32
+    c.evals.labels, c.evals.knn_k, c.evals.every = ("fine",), (1, 5), 1.0
+    c.method.epochs, c.method.steps = None, 2
+    c.method.backbone = component("resnet_micro")
+    head = c.method.head
+    c.method.head = _changed(head, hidden=32, dim=16)
+    views = c.method.views
+    count = min(views.get("local_count", 2), 2)
+    c.method.views = _changed(views, local_count=count, global_size=32, local_size=16)
+    c.method.estimator.components = 64
+    if "carp" in c.method.objective:
+        c.method.objective.carp.block = 32
+    c.run.log_every = 1

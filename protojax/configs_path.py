@@ -1,0 +1,48 @@
+"""Where config files are: a path, `configs/NAME.py` here, or `NAME` of those installed with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from protojax.config import suggest
+
+PACKAGE = Path(__file__).parent
+
+
+def directories() -> list[Path]:
+    """Searched in this order: ./configs, the installed configs, and those of a source checkout."""
+    return [d for d in (Path("configs"), PACKAGE / "configs", PACKAGE.parent / "configs") if d.is_dir()]
+
+
+def find(name: str) -> Path:
+    """The config file of a path or a name. Raises FileNotFoundError with the nearest name."""
+    stem = name.removesuffix(".py")
+    for candidate in (Path(name), Path(stem + ".py"), *(d / f"{stem}.py" for d in directories())):
+        if candidate.is_file():
+            return candidate
+    short = stem.removeprefix("configs/")
+    for directory in directories():
+        if (directory / f"{short}.py").is_file():
+            return directory / f"{short}.py"
+    known = sorted({str(p.relative_to(d).with_suffix("")) for d in directories() for p in d.rglob("*.py")})
+    raise FileNotFoundError(f"no config file {name!r}{suggest(short, known)}. Installed: {known}.")
+
+
+def resolve_arguments(arguments: list[str]) -> list[str]:
+    """`--config=NAME:ARG` and `--config NAME:ARG` with NAME replaced by the file that it means."""
+    out, follows = [], False
+    for argument in arguments:
+        head, separator, value = argument.partition("=")
+        if follows:
+            out.append(_resolve(argument))
+        elif head in ("--config", "-config") and separator:
+            out.append(f"--config={_resolve(value)}")
+        else:
+            out.append(argument)
+        follows = argument in ("--config", "-config")
+    return out
+
+
+def _resolve(value: str) -> str:
+    name, colon, argument = value.partition(":")
+    return f"{find(name)}{colon}{argument}"

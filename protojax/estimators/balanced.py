@@ -1,0 +1,277 @@
+"""Spherical mixture with a balanced E-step: entropic optimal transport over a memory of teacher features.
+
+With an ordinary E-step a component that answers for nothing gets no data and stays dead, and nothing in EM brings it
+back. Here the responsibilities are the transport plan that gives component k the mass prior_k of the *memory*: every
+component must take its share of recent features, so that none can die, and K may exceed the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from protojax.api import Array, Codebook, Estimator, EstimatorSpec, Key, Metrics, PyTree
+from protojax.estimators import common, seeding
+from protojax.ops.unit import unit
+from protojax.schedules import Schedule, ScheduleSpec, check_choice, make_schedule
+
+Prior = str | tuple[str, float]
+
+
+class _Options(NamedTuple):
+    """The switches of `balanced`, checked."""
+
+    components: int
+    memory: int
+    reading: str
+    temperature: Schedule
+    rate: Schedule
+    iterations: int
+    every: int
+    exponent: float
+    center: bool
+    center_rate: float
+    usage_rate: float
+    start: str
+    engine: common.Engine
+
+
+def balanced(
+    components: int,
+    *,
+    memory: int | None = None,
+    features: str = "unit",
+    temperature: ScheduleSpec = 0.01,
+    rate: ScheduleSpec = 0.2,
+    iterations: int = 3,
+    every: int = 1,
+    prior: Prior = "uniform",
+    center: bool = True,
+    center_rate: float = 0.01,
+    usage_rate: float = 0.01,
+    start: str = "kmeans++",
+    engine: common.Engine = common.LOCAL,
+) -> Estimator:
+    """K = `components` means, moved by balanced responsibilities over a ring of the last M teacher features.
+
+    Rows are x_i = unit(h_i - c) with c the running mean of the features as read. At each step the batch enters the
+    memory; `iterations` Sinkhorn iterations, warm-started from the last step's potentials f, bring
+
+        gamma_ik = softmax_k(x_i . unit(mu_k) / temperature + f_k),   sum_i gamma_ik -> M prior_k,
+
+    and mu_k <- mu_k + rate * M' / M * (sum_i gamma_ik x_i / sum_i gamma_ik - mu_k), M' <= M the rows that the memory
+    holds (while it fills, its few rows must not pull all components onto themselves).
+
+    `statistics` are sums over the rows of the *batch* under the current potentials: what the estimator reports. The
+    sweep over the memory is in `update`, since a memory is not a sum over rows.
+
+    Options, each with its reason:
+      memory: M, default 2 K and at least that: with fewer rows components cannot each own some.
+      features: 'unit' or 'raw', as the objective reads them: the centre is in these units.
+      temperature: entropy of the plan, in units of cosine. Blunt plans (0.05) blur the means together; 0.01 kept 90% of
+        components apart in trials. A schedule may anneal it.
+      rate: how far means go to their evidence; the encoder drifts, so the old is forgotten in 1 / rate sweeps.
+      every: sweep the memory every so many steps; its cost is M K D a sweep, whatever the batch.
+      prior: 'uniform', or ('power', s): prior_k proportional to (k + 1)^-s, for long-tailed data.
+      start: 'kmeans++' or 'sample' on M teacher rows, which also fill the memory; 'random': directions, empty memory.
+
+    State: components {mean [K,D], potential [K] (temperature * f: comparable while the temperature anneals),
+    log_prior [K], usage [K]}; memory {features [M,D] as read, written [M] (step, -1 empty)}; shared {center, cursor,
+    temperature, updates, total_steps}. Raises ValueError or TypeError for any option out of range.
+    """
+    count = common.check_count("balanced, components", components)
+    size = 2 * count if memory is None else common.check_count("balanced, memory", memory)
+    if size < 2 * count:
+        raise ValueError(
+            f"balanced, memory: expected at least 2 x components = {2 * count} rows, so that each component can own "
+            f"some, got {size}."
+        )
+    options = _Options(
+        components=count,
+        memory=size,
+        reading=common.check_reading("balanced", features),
+        temperature=make_schedule(temperature, what="balanced, temperature"),
+        rate=make_schedule(rate, what="balanced, rate"),
+        iterations=common.check_count("balanced, iterations", iterations),
+        every=common.check_count("balanced, every", every),
+        exponent=_exponent(prior),
+        center=bool(center),
+        center_rate=common.check_share("balanced, center_rate", center_rate),
+        usage_rate=common.check_share("balanced, usage_rate", usage_rate),
+        start=check_choice("balanced, start", start, seeding.METHODS),
+        engine=engine,
+    )
+    return _build(options)
+
+
+def _exponent(prior: Any) -> float:
+    if isinstance(prior, str):
+        check_choice("balanced, prior", prior, ("uniform",))
+        return 0.0
+    if not isinstance(prior, tuple | list) or len(prior) != 2 or prior[0] != "power":
+        raise ValueError(f"balanced, prior: expected 'uniform' or ('power', exponent), got {prior!r}.")
+    if isinstance(prior[1], bool) or not isinstance(prior[1], int | float) or prior[1] < 0:
+        raise ValueError(f"balanced, prior: expected an exponent of at least 0, got {prior[1]!r}.")
+    return float(prior[1])
+
+
+def _build(options: _Options) -> Estimator:
+    def statistics(S: PyTree, rows: Mapping[str, Array]) -> PyTree:
+        features, mask = common.read_rows(rows, options.reading)
+        centered = _centered(S, features)
+        queries, prototypes, bias = _scores(S, centered)
+        moments, lse = options.engine.accumulate(queries, prototypes, bias, centered, mask, second="none")
+        logits = jnp.sum(moments.first * prototypes) / S["shared"]["temperature"] + jnp.sum(moments.count * bias)
+        plain = common.row_statistics(features, mask)
+        return {**plain, "count": moments.count, "entropy": jnp.sum(jnp.where(mask, lse, 0.0)) - logits}
+
+    def update(S: PyTree, stats: PyTree, rows: Mapping[str, Array], step: Array, key: Key) -> tuple[PyTree, Metrics]:
+        features, mask = common.read_rows(rows, options.reading)
+        count = stats["rows"]
+        temperature, rate = options.temperature(common.fraction(S, step)), options.rate(common.fraction(S, step))
+        new = remember(S, features, mask, step)
+        new = {**new, "shared": {**new["shared"], "temperature": temperature}}
+        if options.every == 1:
+            new, error = _sweep(new, rate, options)
+        else:
+            error_zero = jnp.zeros((), features.dtype)
+            new, error = jax.lax.cond(
+                jnp.asarray(step) % options.every == 0,
+                lambda s: _sweep(s, rate, options),
+                lambda s: (s, error_zero),
+                new,
+            )
+        new = _follow(new, stats, options)
+        held = jnp.mean((new["memory"]["written"] >= 0).astype(features.dtype))
+        info: dict[str, Any] = {
+            **common.row_info(stats),
+            **common.usage_info(stats["count"], new["components"]["usage"], count),
+            "conditional_entropy": (jnp.maximum(stats["entropy"], 0.0), count),
+            "max_responsibility": common.max_responsibility(lambda x: _scores(S, x), _centered(S, features), mask),
+            "memory_fill": held,
+            "temperature": temperature,
+            "rate": rate,
+        }
+        info["balance_error"] = error if options.every == 1 else (error, (jnp.asarray(step) % options.every == 0))
+        return common.keep_if_empty(count, new, S), common.report(info, count)
+
+    def codebooks(S: PyTree, head: PyTree) -> tuple[Codebook, Codebook]:
+        prototypes = unit(S["components"]["mean"])
+        return common.fixed_codebooks(prototypes, -(prototypes @ S["shared"]["center"]))
+
+    def start(S: PyTree, rows: Mapping[str, Array], key: Key) -> PyTree:
+        features, mask = common.read_rows(rows, options.reading)
+        sums = common.row_statistics(features, mask)
+        new = remember(S, features, mask, jnp.zeros((), jnp.int32))
+        if options.center:
+            center = sums["feature_sum"] / jnp.maximum(sums["rows"], 1.0)
+            new["shared"] = {**new["shared"], "center": center, "updates": jnp.ones((), features.dtype)}
+        seeds = seeding.seed_components(_centered(new, features), mask, options.components, key, options.start)
+        new["components"] = {**new["components"], "mean": seeds.means}
+        return common.keep_if_empty(sums["rows"], new, S)
+
+    data = options.start != "random"
+    return Estimator(
+        lambda key, spec: _initial(key, spec, options),
+        statistics,
+        update,
+        codebooks,
+        common.no_head,
+        options.memory if data else 0,
+        start if data else common.no_start,
+    )
+
+
+def _initial(key: Key, spec: EstimatorSpec, options: _Options) -> PyTree:
+    dtype = common.float_dtype()
+    zero = jnp.zeros((), dtype)
+    prior = jax.nn.log_softmax(-options.exponent * jnp.log(jnp.arange(1, options.components + 1).astype(dtype)))
+    return {
+        "components": {
+            "mean": common.random_directions(key, options.components, spec.dim),
+            "potential": jnp.zeros((options.components,), dtype),
+            "log_prior": prior,
+            "usage": jnp.exp(prior),
+        },
+        "memory": {
+            "features": jnp.zeros((options.memory, spec.dim), dtype),
+            "written": jnp.full((options.memory,), -1, jnp.int32),
+        },
+        "shared": {
+            **common.shared_start(spec),
+            "center": jnp.zeros((spec.dim,), dtype),
+            "cursor": jnp.zeros((), jnp.int32),
+            "temperature": options.temperature(zero),
+            "updates": zero,
+        },
+    }
+
+
+def remember(S: PyTree, features: Array, mask: Array, step: Array | int) -> PyTree:
+    """The state with the unmasked rows of features [N,D] written over the oldest of the ring (the last M if N > M)."""
+    memory, cursor = S["memory"], S["shared"]["cursor"]
+    size = memory["features"].shape[0]
+    rank = jnp.cumsum(mask.astype(jnp.int32)) - 1
+    number = rank[-1] + 1
+    kept = mask & (rank >= number - size)
+    place = jnp.where(kept, (cursor + rank) % size, size)  # out of range: dropped
+    stamp = jnp.broadcast_to(jnp.asarray(step, jnp.int32), place.shape)
+    memory = {
+        "features": memory["features"].at[place].set(features, mode="drop"),
+        "written": memory["written"].at[place].set(stamp, mode="drop"),
+    }
+    return {**S, "memory": memory, "shared": {**S["shared"], "cursor": (cursor + number) % size}}
+
+
+def _centered(S: PyTree, features: Array) -> Array:
+    return unit(features - S["shared"]["center"][None, :])
+
+
+def _scores(S: PyTree, centered: Array) -> tuple[Array, Array, Array]:
+    temperature = S["shared"]["temperature"]
+    return centered / temperature, unit(S["components"]["mean"]), S["components"]["potential"] / temperature
+
+
+def _sweep(S: PyTree, rate: Array, options: _Options) -> tuple[PyTree, Array]:
+    """(state after one balanced E- and M-step over the memory, total-variation distance of its usage to the prior)."""
+    components, temperature = S["components"], S["shared"]["temperature"]
+    valid = S["memory"]["written"] >= 0
+    features = _centered(S, S["memory"]["features"])
+    prototypes, log_prior = unit(components["mean"]), components["log_prior"]
+    potentials = options.engine.balanced_potentials(
+        features,
+        prototypes,
+        log_prior,
+        components["potential"] / temperature,
+        temperature=temperature,
+        iterations=options.iterations,
+        mask=valid,
+    )
+    queries = features / temperature
+    moments, _ = options.engine.accumulate(queries, prototypes, potentials, features, valid, second="none")
+    number = jnp.sum(valid.astype(features.dtype))
+    seen = moments.count > 1e-30
+    target = moments.first / jnp.where(seen, moments.count, jnp.ones((), features.dtype))[:, None]
+    step = jnp.where(seen[:, None], target - components["mean"], jnp.zeros((), features.dtype))
+    new = {
+        **components,
+        "mean": components["mean"] + rate * (number / valid.shape[0]) * step,
+        "potential": potentials * temperature,
+    }
+    usage = moments.count / jnp.maximum(number, 1.0)
+    return {**S, "components": new}, 0.5 * jnp.sum(jnp.abs(usage - jnp.exp(log_prior)))
+
+
+def _follow(S: PyTree, stats: Mapping[str, Array], options: _Options) -> PyTree:
+    """Running means of the batch: usage of the components, centre of the features."""
+    components, shared = S["components"], S["shared"]
+    rows = jnp.maximum(stats["rows"], 1.0)
+    usage = components["usage"] + options.usage_rate * (stats["count"] / rows - components["usage"])
+    center = shared["center"]
+    if options.center:
+        center = common.running(center, stats["feature_sum"] / rows, options.center_rate, shared["updates"])
+    shared = {**shared, "center": center, "updates": shared["updates"] + 1.0}
+    return {**S, "components": {**components, "usage": usage}, "shared": shared}

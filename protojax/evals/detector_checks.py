@@ -1,0 +1,183 @@
+"""The checks behind the table in `detectors`: (history, thresholds) -> numbers that were seen, or None for silence."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from protojax.evals.history import History, Point
+
+Thresholds = Mapping[str, float]
+Seen = dict[str, Any] | None
+
+
+# ------------------------------------------------------------------------------------------------ optimisation
+def not_finite(history: History, t: Thresholds) -> Seen:
+    """A loss, gradient norm or estimator number that is not finite now; the one that was first, loss before others."""
+    first: tuple[int, str] | None = None
+    for prefix in ("loss/", "grad_norm", "update_norm", "estimator/"):
+        for name in history.names(prefix):
+            since = history.since("not finite", name, lambda value: not math.isfinite(value))
+            if since is not None and (first is None or since < first[0]):
+                first = (since, name)
+    return None if first is None else {"name": first[1], "since": first[0]}
+
+
+def chance_loss(history: History, t: Thresholds) -> Seen:
+    """|loss - chance| <= band for `steps` steps: an error after warm-up, a notice before. For every term of the
+    objective that reports its chance level: 'loss/TERM/chance' beside 'loss/TERM/consistency' or 'loss/TERM/loss'."""
+    notice: Seen = None
+    for name in history.names("loss/"):
+        term = name.removesuffix("/chance")
+        chance = history.last(name)
+        names = (f"{term}/consistency", f"{term}/loss", f"{term}/total")
+        measured = next((n for n in names if history.finite(n)), None)
+        if term == name or chance is None or measured is None:
+            continue
+        start = history.since("at chance", measured, _within(chance, t["band"]))
+        if start is None or (lasted := history.series(measured)[-1].step - start) < t["steps"]:
+            continue
+        seen = {"name": measured, "loss": history.last(measured), "chance": chance, "steps": lasted}
+        if start + lasted - max(start, history.warmup_steps) >= t["steps"]:
+            return seen
+        notice = {**seen, "severity": "notice"}
+    return notice
+
+
+def dead_term(history: History, t: Thresholds) -> Seen:
+    """A weighted term whose gradient norm is exactly 0 in the last `records` records."""
+    for term, points in _terms(history):
+        tail = points[-int(t["records"]) :]
+        if len(tail) == t["records"] and all(p.value == 0.0 for p in tail):
+            return {"term": term, "since": history.since("zero", f"grad_norm/{term}", lambda value: value == 0.0)}
+    return None
+
+
+def inert_term(history: History, t: Thresholds) -> Seen:
+    """A weighted term whose gradient norm is positive and below `share` of the total in the last `records` records."""
+    count = int(t["records"])
+    total = {p.step: p.value for p in history.finite("grad_norm")[-count:]}
+    for term, points in _terms(history):
+        tail = [(p.step, p.value / total[p.step]) for p in points[-count:] if total.get(p.step, 0.0) > 0.0]
+        if len(tail) == count and all(0.0 < ratio < t["share"] for _, ratio in tail):
+            return {"term": term, "since": tail[0][0], "ratio": tail[-1][1]}
+    return None
+
+
+def starving_input(history: History, t: Thresholds) -> Seen:
+    """Share of the window spent waiting for data above `share` in each of the last `records` windows."""
+    tail = [p.value for p in history.finite("input_wait")[-int(t["records"]) :]]
+    if len(tail) < t["records"] or min(tail) <= t["share"]:
+        return None
+    return {"share": sum(tail) / len(tail)}
+
+
+# -------------------------------------------------------------------------------------------------- encoder
+def encoder_collapse(history: History, t: Thresholds) -> Seen:
+    """Effective rank below `share` of the attainable, and no higher than right after initialisation.
+
+    An untrained encoder may well have a low rank; that it has not risen is what makes it a collapse."""
+    points, attainable = history.finite("effective_rank"), history.last("rank/image/attainable")
+    if len(points) < 2 or attainable is None:
+        return None
+    rank, initial = points[-1].value, points[0].value
+    if rank >= t["share"] * attainable or rank > initial:
+        return None
+    return {"rank": rank, "attainable": attainable, "initial": initial}
+
+
+def constant_side(history: History, t: Thresholds) -> Seen:
+    """Spread, effective rank or mean cosine of unit features beyond its threshold, after initialisation (where a cosine
+    of 0.999 is no fault yet)."""
+    spread, rank, cosine = (history.finite(f"rank/image/{name}") for name in ("std", "effective", "mean_cosine"))
+    if min(len(spread), len(rank), len(cosine)) < 2:
+        return None
+    seen = {"std": spread[-1].value, "rank": rank[-1].value, "cosine": cosine[-1].value}
+    constant = seen["std"] < t["std"] or seen["rank"] < t["rank"] or seen["cosine"] > t["cosine"]
+    return seen if constant else None
+
+
+def nothing_learned(history: History, t: Thresholds) -> Seen:
+    """Mean cosine of features, coverage and nearest-prototype cosine all within `change` of their first values, at
+    least `steps` steps later. All three: frozen prototypes keep the last one for ever and may still teach."""
+    names = ("rank/image/mean_cosine", "prototypes/coverage", "prototypes/nearest_cosine/0.5")
+    series = [history.finite(name) for name in names]
+    if min(len(points) for points in series[:2]) < 2 or series[0][-1].step - series[0][0].step < t["steps"]:
+        return None
+    for points in series:
+        # Near 0 a relative change means nothing: 0.1 is the least scale that cosines are judged by.
+        if points and abs(points[-1].value - points[0].value) > t["change"] * max(abs(points[0].value), 0.1):
+            return None
+    steps = series[0][-1].step - series[0][0].step
+    return {"steps": steps, "cosine": series[0][-1].value, "coverage": series[1][-1].value}
+
+
+# ----------------------------------------------------------------------------------------------- prototypes
+def dead_prototypes(history: History, t: Thresholds) -> Seen:
+    """Dead share above `share` and rising: by `rise` above the least so far; or above `stuck` and no lower than at
+    first, `checks` evaluations later. The share is of min(K, images): no more prototypes than images can be live."""
+    live, count = history.finite("prototypes/live"), history.last("prototypes/count")
+    if len(live) < 2 or not count:
+        return None
+    rows = history.last("prototypes/rows") or count
+    usable = min(count, rows)
+    dead = [1.0 - min(p.value / usable, 1.0) for p in live]
+    least = min(dead[:-1])
+    rising = dead[-1] > t["share"] and dead[-1] > least + t["rise"]
+    stuck = len(dead) > t["checks"] and dead[-1] > t["stuck"] and dead[-1] >= dead[0] - t["rise"]
+    return {"dead": dead[-1], "count": usable, "rows": rows, "least": least} if rising or stuck else None
+
+
+def duplicate_prototypes(history: History, t: Thresholds) -> Seen:
+    """Unique share of live prototypes at epsilon 0.025 below `share`, or lower than before at each of the last
+    `checks` checks and by `fall` in all."""
+    live = {p.step: p.value for p in history.finite("prototypes/live")}
+    unique = history.finite("prototypes/live_unique/0.025")
+    shares = [p.value / live[p.step] for p in unique if live.get(p.step, 0.0) > 0.0]
+    if not shares or unique[-1].step not in live or live[unique[-1].step] <= 0.0:
+        return None
+    tail = shares[-int(t["checks"]) - 1 :]
+    falling = len(tail) > t["checks"] and all(b < a for a, b in itertools.pairwise(tail))
+    if shares[-1] >= t["share"] and not (falling and tail[0] - tail[-1] >= t["fall"]):
+        return None
+    before = shares[0] if len(shares) > 1 else shares[-1]
+    return {"unique": unique[-1].value, "live": live[unique[-1].step], "share": shares[-1], "before": before}
+
+
+def variance_floor(history: History, t: Thresholds) -> Seen:
+    """Share of variances at the floor above `share`."""
+    share = history.last("estimator/floor_share")
+    return {"share": share} if share is not None and share > t["share"] else None
+
+
+def statistics_underflow(history: History, t: Thresholds) -> Seen:
+    """Share of components whose mass is below float32's smallest normal number above `share`."""
+    share = history.last("estimator/underflow_share")
+    return {"share": share} if share is not None and share > t["share"] else None
+
+
+def one_hot(history: History, t: Thresholds) -> Seen:
+    """Mean largest responsibility above `largest` in every record from the first, at least `records` of them, while
+    the perplexity of usage is below `perplexity` of K.
+
+    Both entropies, always: decided rows over evenly used prototypes are what a balanced, sharp E-step gives."""
+    points = history.finite("estimator/max_responsibility")
+    usage, count = history.last("estimator/usage_perplexity"), history.last("prototypes/count")
+    if len(points) < t["records"] or usage is None or not count or usage >= t["perplexity"] * count:
+        return None
+    if any(p.value <= t["largest"] for p in points):
+        return None
+    return {"largest": points[-1].value, "first": points[0].step, "perplexity": usage, "count": count}
+
+
+# --------------------------------------------------------------------------------------------------- helpers
+def _within(level: float, band: float) -> Callable[[float], bool]:
+    return lambda value: abs(value - level) <= band
+
+
+def _terms(history: History) -> list[tuple[str, list[Point]]]:
+    """(term, its gradient norms) for 'grad_norm/TERM' of terms whose 'weight/TERM' is not 0 (or not recorded)."""
+    names = (name.removeprefix("grad_norm/") for name in history.names("grad_norm/"))
+    return [(name, history.finite(f"grad_norm/{name}")) for name in names if history.last(f"weight/{name}") != 0.0]

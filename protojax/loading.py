@@ -1,0 +1,99 @@
+"""A trained encoder for other code: `protojax.load(workdir).encode(images) -> features`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from protojax import experiment, metrics, parallel, probing, train
+from protojax import step as step_lib
+from protojax.api import Recipe, TrainState
+from protojax.checkpoint import Checkpoints
+from protojax.config import Config, freeze
+
+
+class Encode:
+    """A frozen teacher. Call it, or `.encode`, on uint8 images [N,H,W,3] of any N; `.prototypes` is the codebook [K,D].
+
+    encode(images, output='backbone') -> float32 [N,F]; output='image' gives the projection [N,D] that the prototypes
+    live in. Raises TypeError for images that are not uint8 and ValueError for another shape.
+    """
+
+    def __init__(self, recipe: Recipe, state: TrainState, config: Config, batch_size: int = 256):
+        self.config, self.step, self.batch_size = config, int(state.step), batch_size
+        target, _ = recipe.estimator.codebooks(state.estimator, state.teacher["params"]["head"]["prototypes"])
+        self.prototypes = np.asarray(target.prototypes)
+        self._variables = {"params": state.teacher["params"]["encoder"], "stats": state.teacher["stats"]}
+        self._forward = probing.make_forward(recipe, parallel.make_mesh(1, 1, devices=jax.devices()[:1]))
+
+    def encode(self, images: np.ndarray, output: str = "backbone") -> np.ndarray:
+        images = np.asarray(images)
+        if images.dtype != np.uint8:
+            raise TypeError(f"images: expected uint8 in 0..255, got {images.dtype}.")
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images: expected [N,H,W,3], got {list(images.shape)}; use images[None] for one image.")
+        if not len(images):
+            raise ValueError("images: expected at least one image, got none.")
+        out = []
+        for begin in range(0, len(images), self.batch_size):
+            part = images[begin : begin + self.batch_size]
+            missing = self.batch_size - len(part) if len(images) > self.batch_size else 0
+            padded = np.concatenate([part, np.zeros((missing, *part.shape[1:]), np.uint8)]) if missing else part
+            embeddings = self._forward(self._variables, {"image": jnp.asarray(padded)})
+            if output not in embeddings:
+                raise ValueError(f"output: expected one of {sorted(embeddings)}, got {output!r}.")
+            out.append(np.asarray(embeddings[output])[: len(part)])
+        return np.concatenate(out)
+
+    __call__ = encode
+
+
+def read_config(workdir: Path | str) -> Config:
+    """The configuration that a run was made with. Raises FileNotFoundError when there is none."""
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: {workdir} is not the workdir of a protojax run.")
+    return freeze(json.loads(path.read_text())["config"])
+
+
+def restore(workdir: Path | str, step: int | None = None) -> tuple[Config, train.Session, TrainState]:
+    """Config, session and state of a checkpoint of a run (default: the newest good one), on this machine's mesh."""
+    workdir = Path(workdir)
+    config = read_config(workdir)
+    recipe = experiment.build(config)
+    options = train.Options(workdir, config.run, config.system, config.evals.every, {})
+    session = train.make_session(recipe, options)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.run.keep)
+    try:
+        steps = checkpoints.steps()
+        if not steps:
+            raise FileNotFoundError(f"{checkpoints.directory} holds no checkpoint: has the run started?")
+        if step is not None and step not in steps:
+            raise ValueError(f"no checkpoint at step {step} in {checkpoints.directory}; there are {steps}.")
+        return config, session, checkpoints.restore(steps[-1] if step is None else step, session.shapes, session.shardings)
+    finally:
+        checkpoints.close()
+
+
+def load(workdir: Path | str, step: int | None = None) -> Encode:
+    """The teacher of a run as a frozen encoder. Raises FileNotFoundError when there is no run, CheckpointError when
+    the checkpoint is damaged."""
+    config, session, state = restore(workdir, step)
+    return Encode(session.recipe, jax.device_put(parallel.to_host(state), jax.devices()[0]), config)
+
+
+def evaluate(workdir: Path | str, step: int | None = None) -> dict[str, Any]:
+    """The run's own evaluations on a checkpoint: the same numbers as in training."""
+    _, session, state = restore(workdir, step)
+    records = metrics.read_records(Path(workdir) / "metrics.jsonl")
+    initial = next((r["metrics"] for r in records if r["kind"] == "eval" and r["step"] == 0), {})
+    probe = probing.make_probe(session.recipe, session.forward, state, session.mesh, initial)
+    numbers: dict[str, Any] = {"step": int(state.step)}
+    for evaluation in session.recipe.evaluations:
+        numbers |= evaluation.run(probe, step_lib.stream(session.recipe.seed, f"evaluation/{evaluation.name}", probe.step))
+    return numbers

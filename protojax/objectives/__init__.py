@@ -1,0 +1,9 @@
+"""Objectives: what turns embeddings into a scalar. Each function returns an `api.Objective`; `combine` adds them up."""
+
+from protojax.objectives.carp import carp
+from protojax.objectives.combine import combine
+from protojax.objectives.common import check_inputs, input_names
+from protojax.objectives.dino import dino
+from protojax.objectives.koleo import koleo_proto
+
+__all__ = ["carp", "check_inputs", "combine", "dino", "input_names", "koleo_proto"]

@@ -1,0 +1,63 @@
+"""KoLeo on prototypes: the published symptom-level remedy against prototypes that move together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from protojax.api import Array, Metrics, Objective, PyTree
+from protojax.objectives import common
+from protojax.ops.unit import unit
+
+
+def koleo_proto(*, tile: int = 1024) -> Objective:
+    """-(1/K) sum_k ln min_{j != k} ||w_k - w_j|| on the unit prototypes of the prediction codebook (KoLeo-Proto).
+
+    The Kozachenko-Leonenko estimate of their differential entropy: each prototype is pushed from its nearest
+    neighbour. The neighbours are found in tiles of `tile` rows (tile x K similarities at a time, K x K never); only the
+    K pairs found carry a gradient. Coincident prototypes count as a distance of 1e-8 and are not parted by this term.
+
+    inputs: prediction, mask [B], and 'head/prototypes': where no optimiser moves the prototypes the term's gradient is
+    exactly zero, so that building it into a decoupled arm is an error. Metrics: loss, nearest (mean distance).
+    """
+    if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
+        raise ValueError(f"koleo_proto, tile: expected an integer of at least 1, got {tile!r}.")
+
+    def loss(params: PyTree, inputs: Mapping[str, Any]) -> tuple[Array, Metrics]:
+        mask = inputs["mask"]
+        distance = neighbour_distance(inputs["prediction"].prototypes, tile)
+        present = jnp.any(mask.astype(bool)).astype(distance.dtype)
+        value = -present * jnp.mean(jnp.log(distance))
+        return value, {"loss": common.once(value, mask), "nearest": common.once(jnp.mean(distance), mask)}
+
+    return Objective(frozenset({"prediction", "mask", "head/prototypes"}), common.nothing_learned, loss)
+
+
+def neighbour_distance(prototypes: Array, tile: int = 1024) -> Array:
+    """min_{j != k} ||w_k - w_j|| [K] of unit rows, at least 1e-8, differentiable. Raises ValueError for K < 2."""
+    count = prototypes.shape[0]
+    if count < 2:
+        raise ValueError(f"koleo_proto: expected at least 2 prototypes, got {count}: one has no neighbour.")
+    rows = unit(prototypes.astype(jnp.promote_types(prototypes.dtype, jnp.float32)))
+    neighbour = _nearest(jax.lax.stop_gradient(rows), min(tile, count))
+    square = jnp.sum((rows - rows[neighbour]) ** 2, axis=1)
+    return jnp.sqrt(jnp.maximum(square, 1e-16))
+
+
+def _nearest(rows: Array, tile: int) -> Array:
+    """Index [K] of the row of largest inner product, itself excepted."""
+    count = rows.shape[0]
+    tiles = -(-count // tile)
+    padded = jnp.pad(rows, ((0, tiles * tile - count), (0, 0))).reshape(tiles, tile, rows.shape[1])
+    column = jnp.arange(count)
+
+    def search(part: tuple[Array, Array]) -> Array:
+        block, first = part
+        similarity = jnp.matmul(block, rows.T, precision="highest")
+        own = column[None, :] == (first + jnp.arange(tile))[:, None]
+        return jnp.argmax(jnp.where(own, -jnp.inf, similarity), axis=1)
+
+    return jax.lax.map(search, (padded, jnp.arange(tiles) * tile)).reshape(-1)[:count]

@@ -1,0 +1,131 @@
+"""A command's work around the loop: prepare the process, build, train, write the summary and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from protojax import checkpoint, experiment, metrics, summary, train
+from protojax.config import Config, to_plain
+from protojax.models.encoder import count_parameters
+
+RESULT_GROUPS = ("seed", "method", "data", "evals")  # `data.root` is where, not what
+
+
+def prepare(config: Config) -> None:
+    """Process-wide settings: platform and the persistent compilation cache."""
+    if config.system.platform:
+        jax.config.update("jax_platforms", config.system.platform)
+    if config.system.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.system.compilation_cache))
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """'method.optim.peak_lr' -> value, for the groups that change results: two runs with equal fingerprints are the
+    same run."""
+    plain = to_plain(config)
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for k, v in value.items():
+                walk(f"{prefix}.{k}", v)
+        else:
+            flat[prefix] = value
+
+    for group in RESULT_GROUPS:
+        walk(group, plain[group])
+    flat.pop("data.root", None)
+    return json.loads(json.dumps(flat))
+
+
+def train_config(config: Config, workdir: Path, say: Any = print) -> dict[str, Any]:
+    """Build, train (or resume), evaluate, and write config.json, summary.json, report_data.npz and report.html.
+
+    Returns the summary. Raises before anything is compiled where shapes and names already tell.
+    """
+    prepare(config)
+    checkpoint.check_writable(workdir)
+    recipe = experiment.build(config)
+    options = train.Options(
+        workdir, config.run, config.system, config.evals.every, fingerprint(config), _wandb(config, workdir), say
+    )
+    saved = workdir / "config.json"
+    if not saved.exists() and jax.process_index() == 0:
+        metrics.write_json(saved, summary.dumps_config(config))
+    result = train.run(recipe, options)
+    record = summary.summarise(config, result)
+    if result.finished and jax.process_index() == 0:
+        metrics.write_json(workdir / "config.json", summary.dumps_config(config))
+        metrics.write_json(workdir / "summary.json", record)
+        if config.run.report:
+            from protojax.report import write_report
+            from protojax.reporting.data import write_report_data
+
+            if result.probe is not None:
+                write_report_data(workdir, result.probe, experiment.images(config), experiment.reading(config))
+            say(f"report: {write_report(workdir)}")
+        say(summary.lines(record))
+    return record
+
+
+def run_train(config: Config, workdir: Path) -> int:
+    """`train_config` as a command: exit status 0, also when a signal stopped the run cleanly."""
+    train_config(config, workdir)
+    return 0
+
+
+def describe(config: Config) -> str:
+    """What a dry run prints: the resolved configuration, shapes, parameter counts and memory."""
+    prepare(config)
+    recipe = experiment.build(config)
+    options = train.Options(Path("."), config.run, config.system, config.evals.every, {})
+    session = train.make_session(recipe, options)
+    spec = recipe.sources["train"].spec
+    out = [json.dumps(to_plain(config), indent=1), "", f"devices: {summary.device()}, mesh {dict(session.mesh.shape)}"]
+    out.append(f"data: {spec.name}, {spec.size} images, batch {spec.batch_size}, {recipe.total_steps} steps")
+    inputs = jax.eval_shape(lambda b: recipe.views(jax.random.key(0), b), recipe.sources["train"].batch(0))
+    out += [f"  view {k}: {v.dtype} {list(v.shape)}" for k, v in sorted(inputs.items())]
+    parts = {
+        "encoder": session.shapes.params["encoder"],
+        "head": session.shapes.params["head"],
+        "teacher": session.shapes.teacher,
+        "optimiser": session.shapes.opt,
+        "estimator": session.shapes.estimator,
+    }
+    for name, tree in parts.items():
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        out.append(f"{name}: {count_parameters(tree):,} numbers, {size / 2**20:.1f} MiB")
+    out.append(_memory(session))
+    return "\n".join(out)
+
+
+def _memory(session: train.Session) -> str:
+    """The compiled step's own account of memory, a device."""
+    from protojax import step as step_lib
+
+    example = session.recipe.sources["train"].batch(0)
+    accumulator = jax.eval_shape(lambda: step_lib.empty_accumulator(session.recipe, session.shapes, example))
+    analysis = session.one.lower(session.shapes, accumulator, example).compile().memory_analysis()
+    mib = 2**20
+    return (
+        f"one step, each device: arguments {analysis.argument_size_in_bytes / mib:.1f} MiB (of them donated "
+        f"{analysis.alias_size_in_bytes / mib:.1f}), temporaries {analysis.temp_size_in_bytes / mib:.1f} MiB"
+    )
+
+
+def _wandb(config: Config, workdir: Path) -> Any:
+    if not config.run.wandb:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            "config.run.wandb is True but wandb is not installed: pip install 'protojax[wandb]'"
+        ) from None
+    return wandb.init(project="protojax", name=f"{config.name}-{config.arm}-{config.seed}", dir=str(workdir),
+                      config=to_plain(config), resume="allow")  # fmt: skip

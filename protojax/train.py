@@ -1,0 +1,355 @@
+"""The only training loop. It knows a Recipe and no workload: initialise or resume, step, log, evaluate, save.
+
+Between two log steps the host reads no device value: it dispatches steps and loads batches. At a boundary (log,
+evaluation, checkpoint: all known before the run starts) it reads one accumulator.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from protojax import metrics as metrics_lib
+from protojax import parallel, probing
+from protojax import step as step_lib
+from protojax.api import Recipe, TrainState
+from protojax.checkpoint import CheckpointError, Checkpoints
+from protojax.config import Run, System
+from protojax.metrics import Meter, NotFiniteError, Writer
+from protojax.prefetch import prefetch, stack
+
+WARM_UP_PASSES = 16  # batch-norm moments after 16 passes at momentum 0.9 owe 81% to the data
+
+
+class Options(NamedTuple):
+    """What the loop needs beside the recipe. fingerprint: the groups of the configuration that change results."""
+
+    workdir: Path
+    run: Run
+    system: System
+    eval_every: float
+    fingerprint: Mapping[str, Any]
+    wandb: Any = None
+    say: Callable[[str], None] = print
+
+
+class Result(NamedTuple):
+    """finished: False when a signal stopped the run. initial, final: evaluation metrics."""
+
+    state: TrainState
+    step: int
+    finished: bool
+    initial: dict[str, Any]
+    final: dict[str, Any]
+    findings: list[dict[str, Any]]
+    images_per_second: float
+    probe: Any
+
+
+class Session(NamedTuple):
+    """Compiled functions and their surroundings: made once a process."""
+
+    recipe: Recipe
+    mesh: jax.sharding.Mesh
+    shapes: TrainState
+    shardings: TrainState
+    one: Callable
+    many: Callable
+    forward: Callable
+    options: Options
+
+
+# ------------------------------------------------------------------------------------------------ setting up
+def make_session(recipe: Recipe, options: Options) -> Session:
+    """Shapes, shardings and jitted functions. Raises ValueError when a size does not divide over the mesh."""
+    mesh = parallel.make_mesh(options.system.data, options.system.proto)
+    example = recipe.sources["train"].batch(0)
+    parallel.check_divisible(mesh, **{"data.batch_size": recipe.sources["train"].spec.batch_size})
+    shapes = jax.eval_shape(lambda b: step_lib.init_state(recipe, b), example)
+    shardings = parallel.state_shardings(mesh, shapes)
+    rows, stacked = parallel.batch_sharding(mesh), parallel.batch_sharding(mesh, 1)
+    one, many = step_lib.compile_step(recipe, shardings, rows, stacked, options.run.steps_per_call)
+    return Session(recipe, mesh, shapes, shardings, one, many, probing.make_forward(recipe, mesh), options)
+
+
+def initial_state(session: Session) -> TrainState:
+    """State at step 0: parameters, then batch-norm moments and the estimator from the data."""
+    recipe, mesh, source = session.recipe, session.mesh, session.recipe.sources["train"]
+    batch = parallel.to_device(mesh, source.batch(0))
+    state = jax.jit(lambda b: step_lib.init_state(recipe, b), out_shardings=session.shardings)(batch)
+    warm = jax.jit(
+        lambda s, b, i: step_lib.warm_up(recipe, s, b, i),
+        out_shardings=(session.shardings, parallel.replicated(mesh)),
+        donate_argnums=0,
+    )
+    needed, collected, i = recipe.estimator.start_rows, [], 0
+    while i < WARM_UP_PASSES or sum(len(r["mask"]) for r in collected) < needed:
+        batch = parallel.to_device(mesh, source.batch(i))
+        state, rows = warm(state, batch, jnp.int32(i))
+        if needed:
+            collected.append(rows)
+        i += 1
+    if not needed:
+        return state
+    # The last rows: their batch-norm moments are nearest to those that training starts with.
+    rows = {k: jnp.concatenate([r[k] for r in collected])[-needed:] for k in collected[0]}
+    begin = jax.jit(lambda s, r: step_lib.start(recipe, s, r), out_shardings=session.shardings, donate_argnums=0)
+    return begin(state, rows)
+
+
+def resume(session: Session, checkpoints: Checkpoints) -> tuple[int, TrainState] | None:
+    """The newest good checkpoint of this run, or None. Raises CheckpointError for a checkpoint of another run."""
+
+    def accept(record: Mapping[str, Any]) -> None:
+        here, there = dict(session.options.fingerprint), record["fingerprint"]
+        changed = sorted(k for k in {*here, *there} if here.get(k) != there.get(k))
+        if changed:
+            lines = "; ".join(f"{k}: saved {there.get(k)!r}, now {here.get(k)!r}" for k in changed[:8])
+            raise CheckpointError(
+                f"{session.options.workdir} holds a run of another configuration ({lines}). "
+                "Give the same configuration to resume it, or another --workdir."
+            )
+
+    found = checkpoints.restore_latest(session.shapes, session.shardings, accept, session.options.say)
+    return None if found is None else (found[0], found[1])
+
+
+# ------------------------------------------------------------------------------------------------------ loop
+def boundaries(total: int, log_every: int, evals: float, saves: float) -> tuple[set[int], set[int], set[int]]:
+    """Steps after which to log, evaluate and save (the last step belongs to all)."""
+
+    def spaced(fraction: float) -> set[int]:
+        count = max(1, round(1 / fraction))
+        return {round(total * (i + 1) / count) for i in range(count)} - {0} | {total}
+
+    evals_at, saves_at = spaced(evals), spaced(saves)
+    # A state is saved or evaluated only after its metrics were read and found finite.
+    return {1, *range(log_every, total + 1, log_every), *evals_at, *saves_at}, evals_at, saves_at
+
+
+def plan(first: int, total: int, stops: set[int], calls: int) -> list[tuple[int, int]]:
+    """(step, count) of every dispatch: `calls` steps at a time, one at a time where a boundary is nearer."""
+    out, at = [], first
+    ahead = sorted(s for s in stops if s > first)
+    for stop in ahead:
+        while at < stop:
+            count = calls if at + calls <= stop else 1
+            out.append((at, count))
+            at += count
+    assert at == total or first == total
+    return out
+
+
+def run(recipe: Recipe, options: Options) -> Result:
+    """Train to the end (or to a signal) and return the last state with its evaluations.
+
+    Writes checkpoints, metrics.jsonl and TensorBoard files below options.workdir; resumes when checkpoints are there.
+    Raises NotFiniteError at the first non-finite loss or gradient; checkpoints of finite states stay.
+    """
+    session = make_session(recipe, options)
+    checkpoints = Checkpoints(options.workdir / "checkpoints", options.run.keep)
+    try:
+        with StopFlag() as stop:
+            return _run(session, checkpoints, stop)
+    finally:
+        checkpoints.close()
+
+
+def _run(session: Session, checkpoints: Checkpoints, stop: StopFlag) -> Result:
+    recipe, options = session.recipe, session.options
+    total = recipe.total_steps
+    found = resume(session, checkpoints)
+    first, state = found if found else (0, initial_state(session))
+    main = jax.process_index() == 0
+    writer = Writer(
+        options.workdir, step=first, tensorboard=options.run.tensorboard, wandb=options.wandb, main=main
+    )
+    loop = Loop(session, checkpoints, writer)
+    if found:
+        writer.write("event", first, event="resume", text=f"resumed at step {first} of {total}")
+        options.say(f"resuming at step {first} of {total} from {checkpoints.directory}")
+        if not loop.evaluated(0):
+            raise CheckpointError(f"{writer.path} lost the evaluation at step 0 that the checkpoint belongs to.")
+    else:
+        loop.evaluate(state, 0)
+        loop.save(state, 0)
+    state, at = loop.advance(state, first, stop)
+    probe = loop.evaluate(state, at) if at == total or not loop.evaluated(at) else None
+    checkpoints.wait()
+    writer.close()
+    initial = loop.evaluated(0) or {}
+    return Result(
+        state, at, at == total, initial, loop.evaluated(at) or {}, loop.findings(), loop.rate(), probe
+    )
+
+
+class Loop:
+    """The mutable shell around the pure step: what is due at a boundary."""
+
+    def __init__(self, session: Session, checkpoints: Checkpoints, writer: Writer):
+        self.session, self.checkpoints, self.writer = session, checkpoints, writer
+        self.recipe, self.options = session.recipe, session.options
+        self.meter = Meter()
+        run = self.options.run
+        self.logs, self.evals, self.saves = boundaries(
+            self.recipe.total_steps, run.log_every, self.options.eval_every, run.checkpoint_every
+        )
+
+    # -- the hot path: no device value is read here
+    def advance(self, state: TrainState, first: int, stop: StopFlag) -> tuple[TrainState, int]:
+        """Steps from `first` to the end, or to the step after a signal."""
+        recipe, total = self.recipe, self.recipe.total_steps
+        example = recipe.sources["train"].batch(0)
+        empty = jax.jit(functools.partial(step_lib.empty_accumulator, recipe, self.session.shapes, example))
+        accumulator, waited, images, at = empty(), 0.0, 0, first
+        calls = plan(first, total, self.logs | self.evals | self.saves, self.options.run.steps_per_call)
+        batches = prefetch(calls, self._load, self.options.system.prefetch)
+        disable = None if self.options.run.progress else True
+        with tqdm(total=total, initial=first, unit="step", disable=disable, dynamic_ncols=True) as bar:
+            self.meter.start()
+            for (begin, count), (batch, wait) in zip(calls, batches, strict=True):
+                dispatch = self.session.one if count == 1 else self.session.many
+                state, accumulator = dispatch(state, accumulator, batch)
+                at, waited, images = begin + count, waited + wait, images + count * recipe.sources["train"].spec.batch_size
+                bar.update(count)
+                if at in self.logs or stop.raised:
+                    self._log(state, accumulator, at, images, waited, bar)
+                    accumulator, waited, images = empty(), 0.0, 0
+                if at in self.evals and at != total:
+                    self.evaluate(state, at)
+                if at in self.saves or stop.raised:
+                    self.save(state, at)
+                if at in self.evals or at in self.saves:
+                    self.meter.start()
+                if stop.raised and at < total:
+                    self._stopped(at, stop)
+                    batches.close()  # type: ignore[attr-defined]
+                    break
+        return state, at
+
+    def _load(self, step: int, count: int) -> dict[str, jax.Array]:
+        source, mesh = self.recipe.sources["train"], self.session.mesh
+        if count == 1:
+            return parallel.to_device(mesh, source.batch(step))
+        return parallel.to_device(mesh, stack([source.batch(step + i) for i in range(count)]), axis=1)
+
+    # -- boundaries
+    def _log(self, state: TrainState, accumulator: Any, at: int, images: int, waited: float, bar: tqdm) -> None:
+        host = read(accumulator)
+        bad = step_lib.first_bad(state, host["bad"])
+        if bad is not None:
+            self._not_finite(at, bad)
+        rate, starved = self.meter.lap(images, waited)
+        if at == 1:  # that lap was compilation
+            self.meter = Meter()
+            self.meter.start()
+        numbers = metrics_lib.means(host["numbers"])
+        numbers |= {name: float(f(jnp.int32(at - 1))) for name, f in self.recipe.schedules.items()}
+        fraction = at / self.recipe.total_steps
+        self.writer.write(
+            "train", at, fraction=fraction, seconds=self.meter.seconds, images_per_second=rate, input_wait=starved,
+            metrics=numbers,
+        )  # fmt: skip
+        bar.set_postfix_str(f"loss {numbers['loss/total']:.4f}, {rate:.0f} images/s", refresh=False)
+        self._diagnose(at)
+
+    def _diagnose(self, at: int) -> None:
+        known = {f["detector"] for f in self.findings()}
+        for finding in self.recipe.diagnose(self.writer.records):
+            if finding["detector"] in known:
+                continue
+            self.writer.write("diagnosis", **{**finding, "step": at})
+            text = f"[{finding['severity']}] {finding['detector']} at step {at}: {finding['evidence']} {finding['advice']}"
+            tqdm.write(text)
+            if self.options.run.on_finding == "stop" and finding["severity"] == "error":
+                raise RuntimeError(f"stopped by run.on_finding='stop': {text}")
+
+    def _not_finite(self, at: int, bad: str) -> None:
+        last = max(self.checkpoints.steps(), default=None)
+        self.checkpoints.wait()
+        text = (
+            f"{bad} is NaN or infinite. The last finite checkpoint is step {last} in {self.checkpoints.directory}. "
+            "Usual causes: the learning rate (config.method.optim.peak_lr), a missing warm-up or clip_norm, or inputs "
+            "that hold NaN."
+        )
+        self.writer.write("diagnosis", at, detector="not_finite", severity="error", evidence=f"{bad} is not finite.",
+                          cause="the optimisation diverged or the input holds NaN", advice=text)  # fmt: skip
+        self.writer.close()
+        raise NotFiniteError(text)
+
+    def evaluate(self, state: TrainState, at: int) -> Any:
+        """Run every evaluation on the teacher and write one record."""
+        began = time.perf_counter()
+        initial = self.evaluated(0) or {}
+        probe = probing.make_probe(self.recipe, self.session.forward, state, self.session.mesh, initial)
+        numbers: dict[str, Any] = {}
+        for evaluation in self.recipe.evaluations:
+            key = step_lib.stream(self.recipe.seed, f"evaluation/{evaluation.name}", at)
+            numbers |= evaluation.run(probe, key)
+        record = {"fraction": at / self.recipe.total_steps, "eval_seconds": time.perf_counter() - began}
+        self.writer.write("eval", at, **record, metrics=numbers)
+        self._diagnose(at)
+        return probe
+
+    def save(self, state: TrainState, at: int) -> None:
+        """Begin a checkpoint, never of a non-finite state (at a log step that was just checked)."""
+        record = {"fingerprint": dict(self.options.fingerprint), "images_per_second": self.rate()}
+        self.checkpoints.save(at, state, json.loads(json.dumps(record)))
+
+    def _stopped(self, at: int, stop: StopFlag) -> None:
+        self.checkpoints.wait()
+        text = f"{stop.name} at step {at} of {self.recipe.total_steps}: saved; the same command resumes"
+        self.writer.write("event", at, event="stop", text=text)
+        self.options.say(text)
+
+    # -- history
+    def evaluated(self, at: int) -> dict[str, Any] | None:
+        return next((r["metrics"] for r in reversed(self.writer.records) if r["kind"] == "eval" and r["step"] == at), None)
+
+    def findings(self) -> list[dict[str, Any]]:
+        return [r for r in self.writer.records if r["kind"] == "diagnosis"]
+
+    def rate(self) -> float:
+        """Images a second over the training laps of this and, if resumed, of earlier processes."""
+        rates = [r["images_per_second"] for r in self.writer.records if r["kind"] == "train" and r["step"] > 1]
+        return self.meter.rate or (float(np.median(rates)) if rates else 0.0)
+
+
+def read(tree: Any) -> Any:
+    """The one place where the loop reads device values (a test counts the calls)."""
+    return parallel.to_host(tree)
+
+
+class StopFlag:
+    """Ctrl-C and SIGTERM raise a flag; the loop saves and leaves at the next step. A second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.raised, self.name = False, ""
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopFlag:
+        import threading
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._raise)
+        return self
+
+    def _raise(self, number: int, frame: Any) -> None:
+        if self.raised and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.raised, self.name = True, signal.Signals(number).name
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)

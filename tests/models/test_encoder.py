@@ -1,0 +1,175 @@
+"""Backbone and head over views: groups, order, masks, sharding, precision, errors."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from protojax.models import BACKBONES, make_encoder
+from protojax.models.functional import functional
+from protojax.models.heads import Head
+from protojax.models.resnet import ResNet
+from protojax.models.vit import ViT
+
+RESNET = functools.partial(ResNet, (1, 1), widths=(4, 8), stem="cifar", zero_init=False)
+VIT = functools.partial(ViT, 16, 2, 2, patch_size=4, image_size=8)
+HEAD = {"hidden": 8, "dim": 4}
+
+
+def _encoder(backbone=RESNET, **options):
+    return make_encoder(backbone, "carp", head_options=HEAD, **options)
+
+
+def _inputs(key, images=8):
+    keys = jax.random.split(key, 2)
+    return {
+        "global": jax.random.normal(keys[0], (2, images, 8, 8, 3)),
+        "local": jax.random.normal(keys[1], (3, images, 4, 4, 3)),
+    }
+
+
+def _loss(encoder, params, stats, inputs, key):
+    embeddings, new = encoder.apply({"params": params, "stats": stats}, inputs, True, key)
+    weight = jnp.cos(jnp.arange(embeddings["image"].size, dtype=jnp.float32)).reshape(embeddings["image"].shape)
+    return (embeddings["image"] * weight).sum(), (embeddings, new)
+
+
+def _step(encoder):
+    return jax.jit(jax.value_and_grad(functools.partial(_loss, encoder), has_aux=True))
+
+
+def test_views_of_a_size_are_one_batch_and_global_views_come_first(key):
+    """The encoder is: backbone on all global rows, then on all local rows with the moved moments, head on all."""
+    encoder, inputs = _encoder(), _inputs(key, 4)
+    variables = jax.jit(encoder.init)(key, inputs)
+    embeddings, stats = jax.jit(lambda v, x: encoder.apply(v, x, True, key))(variables, inputs)
+    backbone, head = functional(RESNET), functional(Head, 8, **HEAD)
+
+    part = {kind: variables[kind]["backbone"] for kind in variables}
+    pooled = []
+    for views in (inputs["global"], inputs["local"]):
+        features, moved = backbone.apply(part, views.reshape((-1, *views.shape[2:])), train=True)
+        part = part | {"stats": moved}
+        pooled.append(features["pooled"].reshape((*views.shape[:2], 8)))
+    expected = jnp.concatenate(pooled)
+    image, head_stats = head.apply({k: variables[k]["head"] for k in variables}, expected.reshape((-1, 8)), train=True)
+    close = functools.partial(np.testing.assert_allclose, atol=3e-5)  # batch norms of 20 rows amplify 1e-7
+    close(embeddings["backbone"], expected)
+    close(embeddings["image"], image.reshape((5, 4, 4)))
+    jax.tree.map(close, stats, {"backbone": part["stats"], "head": head_stats})
+
+
+def test_evaluation_leaves_statistics_alone_and_needs_no_batch(key):
+    encoder, inputs = _encoder(), {"global": _inputs(key)["global"]}
+    variables = jax.jit(encoder.init)(key, inputs)
+    apply = jax.jit(lambda v, x: encoder.apply(v, x, False, None))
+    embeddings, stats = apply(variables, inputs)
+    jax.tree.map(np.testing.assert_array_equal, stats, variables["stats"])
+    alone, _ = apply(variables, {"global": inputs["global"][:, :1]})
+    np.testing.assert_allclose(alone["image"][:, 0], embeddings["image"][:, 0], atol=1e-6)
+
+
+def test_masked_images_change_nothing(key):
+    encoder, inputs = _encoder(), _inputs(key)
+    variables = jax.jit(encoder.init)(key, inputs)
+    inputs["mask"] = jnp.arange(8) < 5
+    noisy = inputs | {name: inputs[name].at[:, 5:].set(50.0) for name in ("global", "local")}
+    results = [_step(encoder)(variables["params"], variables["stats"], each, key)[0][1] for each in (inputs, noisy)]
+    for name in ("image", "backbone"):
+        np.testing.assert_allclose(results[0][0][name][:, :5], results[1][0][name][:, :5], atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), results[0][1], results[1][1])
+
+
+def test_sharded_over_eight_devices_equals_one_device(key):
+    """Batch norm is over the global batch: embeddings, statistics and gradients do not know the mesh."""
+    encoder, inputs = _encoder(), _inputs(key)
+    variables = jax.jit(encoder.init)(key, inputs)
+    single = _step(encoder)(variables["params"], variables["stats"], inputs, key)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = jax.device_put(inputs, NamedSharding(mesh, P(None, "data")))
+    params, stats = jax.device_put((variables["params"], variables["stats"]), NamedSharding(mesh, P()))
+    step = _step(encoder)
+    sharded = step(params, stats, spread, key)
+    # float32 sums of up to 1024 terms in another order, amplified by the norms' 1 / sigma
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), sharded, single)
+    program = step.lower(params, stats, spread, key).compile().as_text()
+    assert "all-reduce" in program
+    for moved in ("all-to-all", "all-gather", "collective-permute"):
+        assert moved not in program
+
+
+@pytest.mark.parametrize("backbone", [RESNET, VIT])
+def test_every_parameter_has_a_finite_gradient_that_is_not_zero(backbone, key):
+    encoder, inputs = _encoder(backbone), _inputs(key)
+    variables = jax.jit(encoder.init)(key, inputs)
+    _, gradients = _step(encoder)(variables["params"], variables["stats"], inputs, key)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert bool(jnp.isfinite(leaf).all()), path
+        assert float(jnp.abs(leaf).max()) > 1e-6, path
+
+
+def test_bfloat16_is_a_policy_of_products_alone(key):
+    inputs = _inputs(key)
+    full, half = _encoder(VIT, tokens=True), _encoder(VIT, tokens=True, dtype="bfloat16")
+    variables = jax.jit(half.init)(key, inputs)
+    results = [jax.jit(lambda v, x, e=e: e.apply(v, x, False, None))(variables, inputs)[0] for e in (full, half)]
+    for tree in (variables, results[1], _step(half)(variables["params"], variables["stats"], inputs, key)):
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {"float32"}
+    assert results[1]["tokens"].shape == (2, 8, 4, 16)
+    # bfloat16 has 8 bits: 2^-9 a rounding, ten roundings deep, features of order 1
+    np.testing.assert_allclose(results[0]["backbone"], results[1]["backbone"], atol=0.1)
+    assert float(jnp.abs(results[0]["backbone"] - results[1]["backbone"]).max()) > 1e-5
+
+
+def test_key_none_means_no_drop_path_in_training(key):
+    encoder = make_encoder(VIT, "carp", backbone_options={"drop_path": 0.8}, head_options=HEAD)
+    inputs = _inputs(key)
+    variables = jax.jit(encoder.init)(key, inputs)
+    calm = jax.jit(lambda v, x: encoder.apply(v, x, True, None))(variables, inputs)[0]["backbone"]
+    plain = jax.jit(lambda v, x: encoder.apply(v, x, False, None))(variables, inputs)[0]["backbone"]
+    wild = jax.jit(lambda v, x, k: encoder.apply(v, x, True, k))(variables, inputs, key)[0]["backbone"]
+    np.testing.assert_allclose(calm, plain, atol=1e-6)
+    # independent draws for the two sizes, and for views of one image
+    changed = jnp.abs(wild - plain).max((-1,)) > 1e-4
+    assert 0 < int(changed[:2].sum()) < changed[:2].size
+    assert not bool((changed[0] == changed[1]).all())
+
+
+def test_unknown_names_get_the_nearest():
+    with pytest.raises(ValueError, match="unknown backbone 'resnet-50': did you mean 'resnet50'"):
+        make_encoder("resnet-50")
+    with pytest.raises(ValueError, match="unknown head 'carpp': did you mean 'carp'"):
+        make_encoder("resnet18", "carpp")
+    with pytest.raises(ValueError, match=f"unknown backbone 'zzz': known: {', '.join(sorted(BACKBONES))}"):
+        make_encoder("zzz")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ({"local": (1, 2, 8, 8, 3)}, ValueError, r"a dict with 'global' \[V,B,H,W,3\]; given \['local'\]"),
+        ({"global": (2, 8, 8, 3)}, ValueError, r"'global' must be \[V,B,H,W,3\].*given shape \(2, 8, 8, 3\)"),
+        ({"global": (2, 4, 8, 8, 3), "local": (3, 5, 4, 4, 3)}, ValueError, r"'local' must be .* of 'global' \(4,\)"),
+        ({"global": (2, 4, 8, 8, 3), "mask": (5,)}, ValueError, r"'mask' must be \[B\] = \(4,\); given shape \(5,\)"),
+        ({"global": (2, 4, 8, 8, 4)}, ValueError, r"images must be \[N,H,W,3\]; given shape \(8, 8, 8, 4\)"),
+    ],
+)
+def test_bad_inputs(inputs, error, message, key):
+    encoder = _encoder()
+    variables = jax.eval_shape(encoder.init, key, _inputs(key))
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in inputs.items()}
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda v, x: encoder.apply(v, x, True, None), variables, shapes)
+
+
+def test_tokens_need_a_backbone_that_has_them(key):
+    encoder = _encoder(tokens=True)
+    inputs = _inputs(key)
+    with pytest.raises(ValueError, match="tokens=True needs a backbone with patch tokens"):
+        jax.eval_shape(lambda k: encoder.apply(encoder.init(k, inputs), inputs, False, None), key)

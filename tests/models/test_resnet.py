@@ -1,0 +1,86 @@
+"""Residual networks: shapes, the zero-initialised residual, options, errors."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from protojax.models.functional import functional
+from protojax.models.layers import BatchNorm, GroupNorm
+from protojax.models.resnet import Block, MicroResNet, ResNet
+
+
+class BlockNetwork(nnx.Module):
+    def __init__(self, kind, norm, zero_init, *, rngs):
+        self.block = Block(
+            8, 8 if kind == "basic" else 2, 1, kind=kind, norm=norm, zero_init=zero_init, dtype=jnp.float32, rngs=rngs
+        )
+
+    def __call__(self, x, *, train, key):
+        return self.block(x, train=train)
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("basic", BatchNorm), ("bottleneck", GroupNorm)])
+def test_a_zero_initialised_block_is_the_identity_on_what_relu_gives(kind, norm, key):
+    x = jax.nn.relu(jax.random.normal(key, (3, 4, 4, 8)))
+    zero, plain = (functional(BlockNetwork, kind, norm, zero_init) for zero_init in (True, False))
+    np.testing.assert_array_equal(zero.apply(zero.init(key), x, train=True)[0], x)
+    assert jnp.abs(plain.apply(plain.init(key), x, train=True)[0] - x).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("network", "features", "resolution"),
+    [
+        (functional(ResNet, (1, 1, 1, 1), width=0.25), 128, 32),
+        (functional(ResNet, (1, 1), kind="bottleneck", widths=(4, 6), stem="cifar", norm="group"), 24, 2),
+        (functional(MicroResNet), 128, 8),
+    ],
+)
+def test_shapes_of_options(network, features, resolution, key):
+    for size in (resolution, 3 * resolution + 1):
+        images = jax.ShapeDtypeStruct((5, size, size, 3), jnp.bfloat16)
+        variables = jax.eval_shape(network.init, key)
+        outputs, _ = jax.eval_shape(functools.partial(network.apply, train=True), variables, images)
+        assert outputs["pooled"].shape == (5, features)
+        assert outputs["pooled"].dtype == jnp.float32
+
+
+def test_stems_reduce_resolution_as_they_say(key):
+    """The first block's input, seen through the statistics' count: read from the jaxpr's convolutions."""
+    for stem, stride in (("imagenet", 4), ("cifar", 1)):
+        network = functional(ResNet, (1,), widths=(4,), stem=stem)
+        jaxpr = jax.make_jaxpr(network.apply)(network.init(key), jnp.ones((1, 32, 32, 3)))
+        convolutions = [e for e in jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
+        assert convolutions[-1].outvars[0].aval.shape == (1, 32 // stride, 32 // stride, 4)
+
+
+def test_gray_images_and_wrong_ones(key):
+    network = functional(ResNet, (1,), widths=(4,), stem="cifar", channels=1)
+    variables = network.init(key)
+    assert network.apply(variables, jnp.ones((1, 4, 4, 1)))[0]["pooled"].shape == (1, 4)
+    with pytest.raises(ValueError, match=r"images must be \[N,H,W,1\]; given shape \(1, 4, 4, 3\)"):
+        network.apply(variables, jnp.ones((1, 4, 4, 3)))
+    with pytest.raises(TypeError, match="floating point, already normalised; given uint8"):
+        network.apply(variables, jnp.ones((1, 4, 4, 1), jnp.uint8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "wide"}, "kind must be 'basic' or 'bottleneck'; given 'wide'"),
+        ({"stem": "vgg"}, "stem must be one of 'imagenet', 'cifar'; given 'vgg'"),
+        ({"norm": "layer"}, "norm must be one of 'batch', 'group'; given 'layer'"),
+        ({"width": 0}, "must be positive; given 0"),
+        ({"widths": (8,)}, r"depths \(1, 1\) has more stages than widths \(8,\)"),
+    ],
+)
+def test_bad_options(options, message, key):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(functional(ResNet, (1, 1), **options).init, key)
+    with pytest.raises(ValueError, match="as many depths, widths and strides"):
+        jax.eval_shape(functional(MicroResNet, strides=(2,)).init, key)

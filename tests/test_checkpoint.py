@@ -1,0 +1,124 @@
+"""Checkpoints: what is written comes back on any mesh; damage is seen, named, and never takes the last good one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from protojax import parallel
+from protojax.checkpoint import CheckpointError, Checkpoints, check_writable, checksums
+
+
+def tree(seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    return {
+        "estimator": {"components": {"mean": jnp.asarray(rng.standard_normal((8, 3)), jnp.float32)}},
+        "params": {"w": jnp.asarray(rng.standard_normal((3, 5)), jnp.bfloat16)},
+        "step": jnp.int32(seed),
+    }
+
+
+def placed(mesh, value):
+    shapes = jax.eval_shape(lambda: value)
+    shardings = parallel.state_shardings(mesh, shapes)
+    return shapes, shardings, jax.device_put(value, shardings)
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+@pytest.mark.parametrize(("data", "proto", "devices"), [(2, 2, 4), (1, 1, 1), (1, 8, 8)])
+def test_restored_onto_another_mesh(tmp_path: Path, data, proto, devices):
+    value = tree(3)
+    _, _, state = placed(parallel.make_mesh(4, 2), value)
+    saved = Checkpoints(tmp_path)
+    saved.save(3, state, {"fingerprint": {}})
+    saved.close()
+    mesh = parallel.make_mesh(data, proto, devices=jax.devices()[:devices])
+    shapes, shardings, _ = placed(mesh, value)
+    again = Checkpoints(tmp_path)
+    restored = again.restore(3, shapes, shardings)
+    assert same(restored, value)
+    assert jax.tree.leaves(jax.tree.map(lambda r, s: r.sharding == s, restored, shardings)) == [True] * 3
+    again.close()
+
+
+def test_checksum_sees_a_flipped_bit_a_swap_and_no_sharding():
+    value = tree(1)
+    base = checksums(value)
+    _, _, sharded = placed(parallel.make_mesh(4, 2), value)
+    assert checksums(sharded) == base
+    flipped = np.asarray(value["estimator"]["components"]["mean"]).copy()
+    flipped.view(np.uint32)[5, 1] ^= 1
+    changed = {**value, "estimator": {"components": {"mean": jnp.asarray(flipped)}}}
+    assert checksums(changed)["estimator/components/mean"] != base["estimator/components/mean"]
+    swapped = np.asarray(value["estimator"]["components"]["mean"])[::-1]
+    changed = {**value, "estimator": {"components": {"mean": jnp.asarray(swapped)}}}
+    assert checksums(changed)["estimator/components/mean"] != base["estimator/components/mean"]
+
+
+def largest_file(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file() and "ocdbt" in str(p) or "/d/" in str(p)),
+               key=lambda p: p.stat().st_size)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_last_good_one_survives(tmp_path: Path, damage):
+    shapes, shardings, first = placed(parallel.make_mesh(), tree(1))
+    _, _, second = placed(parallel.make_mesh(), tree(2))
+    saved = Checkpoints(tmp_path / "c", keep=2)
+    saved.save(1, first, {"fingerprint": {}})
+    saved.save(2, second, {"fingerprint": {}})
+    saved.close()
+    victims = [p for p in (tmp_path / "c" / "2" / "state").rglob("*") if p.is_file() and p.parent.name == "d"]
+    assert victims, "the layout of checkpoints changed"
+    for path in victims:
+        data = bytearray(path.read_bytes())
+        if damage == "remove":
+            path.unlink()
+            continue
+        data = data[: len(data) // 2] if damage == "truncate" else data[:-1] + bytes([data[-1] ^ 255])
+        path.write_bytes(bytes(data))
+    told: list[str] = []
+    again = Checkpoints(tmp_path / "c")
+    step, state, _ = again.restore_latest(shapes, shardings, lambda record: None, told.append)
+    assert step == 1
+    assert same(state, first)
+    assert len(told) == 1
+    assert "damaged or incomplete" in told[0]
+    assert (tmp_path / "damaged-2").is_dir()
+    again.close()
+
+
+def test_all_damaged_is_an_error_and_nothing_is_deleted(tmp_path: Path):
+    shapes, shardings, state = placed(parallel.make_mesh(), tree(1))
+    saved = Checkpoints(tmp_path / "c")
+    saved.save(1, state, {"fingerprint": {}})
+    saved.close()
+    for path in (tmp_path / "c" / "1" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    again = Checkpoints(tmp_path / "c")
+    with pytest.raises(CheckpointError, match=r"no checkpoint below .* can be read"):
+        again.restore_latest(shapes, shardings, lambda record: None, lambda text: None)
+    assert (tmp_path / "damaged-1").is_dir()
+    again.close()
+
+
+def test_none_is_not_an_error(tmp_path: Path):
+    shapes, shardings, _ = placed(parallel.make_mesh(), tree(1))
+    empty = Checkpoints(tmp_path)
+    assert empty.restore_latest(shapes, shardings, lambda record: None, lambda text: None) is None
+    empty.close()
+
+
+def test_unwritable_workdir_is_named(tmp_path: Path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(OSError, match=r"workdir .*file/run cannot be written .*choose another with --workdir"):
+        check_writable(blocked / "run")
