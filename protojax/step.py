@@ -121,8 +121,9 @@ def step(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[TrainState, M
     gradient_of = jax.value_and_grad(lambda p: loss_fn(recipe, p, state, estimator, data), has_aux=True)
     (loss, (terms, stats)), gradient = gradient_of(state.params)
 
-    updates, opt = recipe.optimizer.update(gradient, state.opt, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax does not run strict
+        updates, opt = recipe.optimizer.update(gradient, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
     momentum = recipe.schedules["momentum"](state.step)
     new_state = TrainState(
         step=state.step + 1,
@@ -133,9 +134,9 @@ def step(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[TrainState, M
         estimator=estimator,
     )
     one = jnp.ones((), jnp.float32)
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     numbers = {("loss/total" if k == "loss" else f"loss/{k}"): v for k, v in terms.items()} | dict(info)
-    numbers |= {"grad_norm": (norm, one), "update_norm": (optax.global_norm(updates), one)}
+    numbers |= {"grad_norm": (norm, one), "update_norm": (optax.tree.norm(updates), one)}
     return new_state, numbers, _finite(state.step, loss, gradient)
 
 

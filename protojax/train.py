@@ -174,6 +174,16 @@ def _run(session: Session, checkpoints: Checkpoints, stop: StopFlag) -> Result:
     writer = Writer(
         options.workdir, step=first, tensorboard=options.run.tensorboard, wandb=options.wandb, main=main
     )
+    try:
+        return _train(session, checkpoints, writer, first, state, bool(found), stop)
+    finally:
+        writer.close()
+
+
+def _train(
+    session: Session, checkpoints: Checkpoints, writer: Writer, first: int, state: TrainState, found: bool, stop: StopFlag
+) -> Result:
+    options, total = session.options, session.recipe.total_steps
     loop = Loop(session, checkpoints, writer)
     if found:
         writer.write("event", first, event="resume", text=f"resumed at step {first} of {total}")
@@ -186,11 +196,8 @@ def _run(session: Session, checkpoints: Checkpoints, stop: StopFlag) -> Result:
     state, at = loop.advance(state, first, stop)
     probe = loop.evaluate(state, at) if at == total or not loop.evaluated(at) else None
     checkpoints.wait()
-    writer.close()
-    initial = loop.evaluated(0) or {}
-    return Result(
-        state, at, at == total, initial, loop.evaluated(at) or {}, loop.findings(), loop.rate(), probe
-    )
+    final, initial = loop.evaluated(at) or {}, loop.evaluated(0) or {}
+    return Result(state, at, at == total, initial, final, loop.findings(), loop.rate(), probe)
 
 
 class Loop:
@@ -264,9 +271,9 @@ class Loop:
         self._diagnose(at)
 
     def _diagnose(self, at: int) -> None:
-        known = {f["detector"] for f in self.findings()}
+        known = {(f["detector"], f["severity"]) for f in self.findings()}
         for finding in self.recipe.diagnose(self.writer.records):
-            if finding["detector"] in known:
+            if (finding["detector"], finding["severity"]) in known:
                 continue
             self.writer.write("diagnosis", **{**finding, "step": at})
             text = f"[{finding['severity']}] {finding['detector']} at step {at}: {finding['evidence']} {finding['advice']}"
@@ -284,7 +291,6 @@ class Loop:
         )
         self.writer.write("diagnosis", at, detector="not_finite", severity="error", evidence=f"{bad} is not finite.",
                           cause="the optimisation diverged or the input holds NaN", advice=text)  # fmt: skip
-        self.writer.close()
         raise NotFiniteError(text)
 
     def evaluate(self, state: TrainState, at: int) -> Any:

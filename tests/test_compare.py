@@ -55,10 +55,10 @@ def test_seeds_of_an_arm_become_mean_and_sample_sd(tmp_path: Path) -> None:
     text, page = compare(runs, tmp_path / "out.html")
     mean, sd = 100 * statistics.fmean(scores), 100 * statistics.stdev(scores)
     assert cells(text, "decoupled", "n=3")[2:6] == [
-        f"{mean:.1f} ± {sd:.1f}",
-        f"{2 * mean:.1f} ± {2 * sd:.1f}",
-        "10.0 ± 0.0",
-        "100.0 ± 0.0",
+        f"{mean:.1f}±{sd:.1f}",
+        f"{2 * mean:.1f}±{2 * sd:.1f}",
+        "10.0±0.0",
+        "100±0",
     ]
     assert cells(text, "decoupled", "1")[2:4] == ["16.0", "32.0"]
     start, end, live, distinct, perplexity, coverage, rank, tail, rate = cells(text, "joint", "0")[5:]

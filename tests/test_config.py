@@ -60,7 +60,7 @@ def test_argument_forms(argument):
 
 
 def test_unknown_arm():
-    with pytest.raises(ValueError, match=r"'jiont'.*did you mean 'joint'.*Arms: \['decoupled', 'joint'\]"):
+    with pytest.raises(ValueError, match=r"arm=jiont'.*did you mean 'joint'.*Arms: \['decoupled', 'joint'\]"):
         parse_argument("arm=jiont", ["decoupled", "joint"])
 
 

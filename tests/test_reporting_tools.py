@@ -1,35 +1,14 @@
-"""TensorBoard files and browser screenshots: the small tools beside the report."""
+"""Browser screenshots: the small tool beside the report."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from protojax.reporting import shots
-from protojax.reporting.tensorboard import TensorBoardWriter
-
-
-def test_tensorboard_files_hold_what_was_written(tmp_path: Path) -> None:
-    with TensorBoardWriter(tmp_path / "tb") as writer:
-        writer.scalars(3, {"knn": {"fine": {"20": 0.25}}, "empty": None, "word": "x", "flag": True})
-        writer.histogram(3, "usage", np.asarray([0.1, 0.2, np.nan]))
-        writer.histogram(3, "nothing", np.asarray([np.nan]))
-        writer.flush()
-    writer.scalars(4, {"late": 1.0})
-    content = b"".join(file.read_bytes() for file in (tmp_path / "tb").iterdir())
-    assert b"knn/fine/20" in content
-    assert b"usage" in content
-    assert [name for name in (b"empty", b"word", b"flag", b"nothing", b"late") if name in content] == []
-
-
-def test_tensorboard_disabled_or_blocked(tmp_path: Path) -> None:
-    TensorBoardWriter(tmp_path / "none", enabled=False).scalars(1, {"loss": 1.0})
-    assert not (tmp_path / "none").exists()
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"cannot write TensorBoard files to .*choose a --workdir"):
-        TensorBoardWriter(tmp_path / "file" / "tb")
 
 
 def test_shots_say_what_is_missing(tmp_path: Path) -> None:
@@ -38,9 +17,21 @@ def test_shots_say_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no browser found \(looked for no-such-browser\): install Chromium"):
         shots.find_browser("no-such-browser")
     assert shots.main([str(tmp_path / "report.html")]) == 2
+    with pytest.raises(ValueError, match=r"no report in .*train a run first"):
+        shots.pages_of(tmp_path)
+
+
+def test_shots_of_a_folder_of_runs_are_of_all_its_pages(tmp_path: Path) -> None:
+    pages = [tmp_path / name for name in ("a/report.html", "b/report.html", "compare.html")]
+    for page in pages:
+        page.parent.mkdir(exist_ok=True)
+        page.write_text("", encoding="utf-8")
+    assert shots.pages_of(tmp_path) == pages
+    assert shots.pages_of(tmp_path / "a") == shots.pages_of(pages[0]) == pages[:1]
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, shots.BROWSERS)), reason="no Chromium on this machine")
 def test_shots_find_what_is_wrong_with_a_page(tmp_path: Path) -> None:
     """In a real browser: a page that is too wide, has a broken image and asks for a file outside fails on each count;
     a sound one passes at every width and scheme, and dark differs from light."""

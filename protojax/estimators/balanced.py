@@ -18,8 +18,6 @@ from protojax.estimators import common, seeding
 from protojax.ops.unit import unit
 from protojax.schedules import Schedule, ScheduleSpec, check_choice, make_schedule
 
-Prior = str | tuple[str, float]
-
 
 class _Options(NamedTuple):
     """The switches of `balanced`, checked."""
@@ -48,7 +46,7 @@ def balanced(
     rate: ScheduleSpec = 0.2,
     iterations: int = 3,
     every: int = 1,
-    prior: Prior = "uniform",
+    prior_exponent: float = 0.0,
     center: bool = True,
     center_rate: float = 0.01,
     usage_rate: float = 0.01,
@@ -75,7 +73,7 @@ def balanced(
         components apart in trials. A schedule may anneal it.
       rate: how far means go to their evidence; the encoder drifts, so the old is forgotten in 1 / rate sweeps.
       every: sweep the memory every so many steps; its cost is M K D a sweep, whatever the batch.
-      prior: 'uniform', or ('power', s): prior_k proportional to (k + 1)^-s, for long-tailed data.
+      prior_exponent: prior_k proportional to (k + 1)^-prior_exponent: 0 is uniform; long-tailed data may want more.
       start: 'kmeans++' or 'sample' on M teacher rows, which also fill the memory; 'random': directions, empty memory.
 
     State: components {mean [K,D], potential [K] (temperature * f: comparable while the temperature anneals),
@@ -97,7 +95,7 @@ def balanced(
         rate=make_schedule(rate, what="balanced, rate"),
         iterations=common.check_count("balanced, iterations", iterations),
         every=common.check_count("balanced, every", every),
-        exponent=_exponent(prior),
+        exponent=_exponent(prior_exponent),
         center=bool(center),
         center_rate=common.check_share("balanced, center_rate", center_rate),
         usage_rate=common.check_share("balanced, usage_rate", usage_rate),
@@ -107,15 +105,10 @@ def balanced(
     return _build(options)
 
 
-def _exponent(prior: Any) -> float:
-    if isinstance(prior, str):
-        check_choice("balanced, prior", prior, ("uniform",))
-        return 0.0
-    if not isinstance(prior, tuple | list) or len(prior) != 2 or prior[0] != "power":
-        raise ValueError(f"balanced, prior: expected 'uniform' or ('power', exponent), got {prior!r}.")
-    if isinstance(prior[1], bool) or not isinstance(prior[1], int | float) or prior[1] < 0:
-        raise ValueError(f"balanced, prior: expected an exponent of at least 0, got {prior[1]!r}.")
-    return float(prior[1])
+def _exponent(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"balanced, prior_exponent: expected a finite number of at least 0, got {value!r}.")
+    return float(value)
 
 
 def _build(options: _Options) -> Estimator:

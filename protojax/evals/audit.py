@@ -76,7 +76,12 @@ def unique_counts(
     """
     rows = np.asarray(prototypes)
     rows = rows if among is None else rows[np.asarray(among, bool)]
-    return {_name(epsilon): unique_count(rows, float(epsilon)) if len(rows) else 0 for epsilon in epsilons}
+    counts: dict[float, int] = {}
+    for epsilon in sorted((float(e) for e in epsilons), reverse=True):
+        # Where no row is within a larger epsilon of another, none is within a smaller one.
+        apart = len(rows) in counts.values()
+        counts[epsilon] = len(rows) if apart or not len(rows) else unique_count(rows, epsilon)
+    return {_name(epsilon): counts[float(epsilon)] for epsilon in epsilons}
 
 
 @functools.lru_cache(maxsize=8)

@@ -71,7 +71,7 @@ class ResNet(nnx.Module):
     multiplier of all widths. stem: 'imagenet' (7x7 stride 2, 3x3 max-pool stride 2) or 'cifar' (3x3 stride 1). norm:
     'batch' or 'group'. zero_init: see `Block`. momentum: of the running moments. dtype: of activations and products;
     pooling and `pooled` are float32.
-    Raises ValueError on an unknown stem, kind or norm and a width below one channel.
+    Raises ValueError on an unknown stem, kind or norm, width <= 0, and depths and widths of unequal length.
     """
 
     def __init__(
@@ -126,8 +126,8 @@ def _check(kind: str, stem: str, depths: tuple[int, ...], widths: tuple[int, ...
         raise ValueError(f"kind must be 'basic' or 'bottleneck'; given {kind!r}")
     if stem not in STEMS:
         raise ValueError(f"stem must be one of {', '.join(map(repr, STEMS))}; given {stem!r}")
-    if len(depths) > len(widths):
-        raise ValueError(f"depths {depths} has more stages than widths {widths}: give one width a stage")
+    if len(depths) != len(widths):
+        raise ValueError(f"depths {depths} and widths {widths} must have one entry a stage")
     if not width > 0:
         raise ValueError(f"width multiplies the channel counts and must be positive; given {width}")
 
@@ -156,8 +156,8 @@ class MicroResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         _check("basic", "cifar", depths, widths, width)
-        if not len(depths) == len(widths) == len(strides):
-            raise ValueError(f"give as many depths, widths and strides; given {depths}, {widths}, {strides}")
+        if len(strides) != len(depths):
+            raise ValueError(f"depths {depths} and strides {strides} must have one entry a stage")
         options = {"momentum": momentum} if norm == "batch" else {}
         norms = make_norm(norm, dtype=dtype, **options)
         self.channels, self.dtype, self.pool_dtype = channels, compute_dtype(dtype), full_dtype(dtype)

@@ -19,6 +19,7 @@ from protojax.api import Array, Key
 from protojax.models.layers import LayerNorm, check_images, compute_dtype, drop_path, full_dtype, transformer_init
 
 POOLS = ("class", "mean")
+ATTENTIONS = (None, "xla", "cudnn")
 
 
 def bicubic_matrix(old: int, new: int) -> np.ndarray:
@@ -103,11 +104,12 @@ class ViT(nnx.Module):
     activations in the backward pass). image_size: the native size in pixels; other sizes (multiples of patch_size,
     not necessarily square) get the position embedding resized by `bicubic_matrix`. pool: 'class' (a class token) or
     'mean' (no class token; the mean of the patch tokens). drop_path: stochastic depth, rate rising linearly from 0 at
-    the first block to this at the last; drawn from `key`, off when key is None or train=False. attention: the
-    implementation argument of `jax.nn.dot_product_attention` (None, 'xla', 'cudnn').
+    the first block to this at the last; drawn from `key`, off when key is None or train=False. attention:
+    None (two products and a softmax), or an implementation of `jax.nn.dot_product_attention`: 'xla', 'cudnn' (fused;
+    NVIDIA, bfloat16 or float16).
 
-    Raises ValueError on an unknown pool, image_size no multiple of patch_size, width no multiple of heads, and
-    drop_path outside [0, 1).
+    Raises ValueError on an unknown pool or attention, image_size no multiple of patch_size, width no multiple of
+    heads, and drop_path outside [0, 1).
     """
 
     def __init__(
@@ -131,6 +133,8 @@ class ViT(nnx.Module):
         rngs: nnx.Rngs,
     ):
         _check(width, heads, patch_size, image_size, pool, drop_path)
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention must be None, 'xla' or 'cudnn'; given {attention!r}")
         self.dtype, self.full = compute_dtype(dtype), full_dtype(dtype)
         self.patch_size, self.channels, self.features = patch_size, channels, width
         self.grid, self.depth, self.pool = image_size // patch_size, depth, pool
@@ -214,11 +218,38 @@ class ViT(nnx.Module):
 
 def _attention(query: Array, key: Array, value: Array, implementation: Any) -> Array:
     """softmax(query key^T / sqrt(width)) value by head; all [N,T,heads,width]; softmax in float32 or wider."""
-    if query.dtype == jnp.float64:  # the library function takes every softmax in float32
-        logits = jnp.einsum("nqhd,nkhd->nhqk", query, key) * query.shape[-1] ** -0.5
-        return jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(logits), value)
-    with jax.numpy_dtype_promotion("standard"):  # it mixes float32 logits with the compute dtype on purpose
-        return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    if implementation is not None:
+        with jax.numpy_dtype_promotion("standard"):  # it mixes float32 logits with the compute dtype on purpose
+            return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    logits = _wide_einsum("nqhd,nkhd->nhqk", query, key) * query.shape[-1] ** -0.5
+    return jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(logits).astype(value.dtype), value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wide_einsum(spec: str, left: Array, right: Array) -> Array:
+    """einsum with a float32 (float64 for float64) result, whose gradient is products of the compute dtype too.
+
+    Without the rule JAX multiplies the float32 cotangent with bfloat16 operands: a slower product, and one that strict
+    dtype promotion refuses on CPU. Every letter of `spec` must occur in exactly two of its three terms."""
+    return jnp.einsum(spec, left, right, preferred_element_type=full_dtype(left.dtype))
+
+
+def _wide_einsum_forward(spec: str, left: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _wide_einsum(spec, left, right), (left, right)
+
+
+def _wide_einsum_backward(spec: str, operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    left, right = operands
+    terms, result = spec.split("->")
+    first, second = terms.split(",")
+    narrow = cotangent.astype(left.dtype)
+    return (
+        jnp.einsum(f"{result},{second}->{first}", narrow, right),
+        jnp.einsum(f"{result},{first}->{second}", narrow, left),
+    )
+
+
+_wide_einsum.defvjp(_wide_einsum_forward, _wide_einsum_backward)
 
 
 def _stack(block: Any, depth: int, rngs: nnx.Rngs) -> Any:

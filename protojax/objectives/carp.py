@@ -11,7 +11,6 @@ import jax
 from protojax.api import Array, Metrics, Objective, PyTree
 from protojax.objectives import common
 from protojax.ops.block import block_consistency
-from protojax.ops.unit import unit
 
 
 def carp(
@@ -53,7 +52,7 @@ def carp(
         target, prediction, mask = inputs["target"], inputs["prediction"], inputs["mask"]
         views = inputs["student"]["image"], jax.lax.stop_gradient(inputs["teacher"]["image"])
         if temperature is not None:
-            views = unit(views[0]), unit(views[1])
+            views = common.unit_rows(views[0], mask), common.unit_rows(views[1], mask)
         permutation = jax.random.permutation(inputs["key"], prediction.prototypes.shape[0])
         consistency, spread = block_consistency(
             *views,

@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from protojax.api import Array, EstimatorSpec, Key, Objective, PyTree
+from protojax.ops.checks import accumulation_dtype
+from protojax.ops.unit import unit
 
 # Why an input may be missing, where the reason is worth saying.
 _HINTS = {
@@ -56,6 +58,13 @@ def masked_mean(values: Array, mask: Array) -> Array:
     """Mean of values [B] over unmasked rows; 0 when no row is left. Masked values may be NaN."""
     kept = jnp.where(mask.astype(bool), values, jnp.zeros((), values.dtype))
     return jnp.sum(kept) / jnp.maximum(jnp.sum(mask.astype(values.dtype)), 1.0)
+
+
+def unit_rows(features: Array, mask: Array) -> Array:
+    """Unit rows of features [V,B,D], float32 at least; masked images are zero whatever they held (a NaN that met the
+    normalisation would come back in its gradient)."""
+    kept = jnp.where(mask.astype(bool)[None, :, None], features, jnp.zeros((), features.dtype))
+    return unit(kept.astype(accumulation_dtype(features)))
 
 
 def once(value: Array | float, mask: Array) -> tuple[Array, Array]:

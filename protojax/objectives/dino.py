@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from protojax.api import Array, Codebook, Metrics, Objective, PyTree
 from protojax.objectives import common
 from protojax.ops.lse import expectation, lse
-from protojax.ops.unit import unit
 from protojax.schedules import ScheduleSpec, is_constant, make_schedule
 
 
@@ -54,7 +53,7 @@ def dino(
         student, teacher = inputs["student"]["image"], jax.lax.stop_gradient(inputs["teacher"]["image"])
         check_views("dino", student, teacher)
         temperature = sharpness(inputs["step"])
-        student, teacher = _unit_rows(student, mask), _unit_rows(teacher, mask)
+        student, teacher = common.unit_rows(student, mask), common.unit_rows(teacher, mask)
         pairs = pair_cross_entropy(student, teacher, prediction, target, tau, temperature)
         value = common.masked_mean(pairs, mask)
         stride = max(1, mask.shape[0] // 64)
@@ -81,12 +80,6 @@ def check_views(what: str, student: Array, teacher: Array) -> None:
         )
     if views < 2 or not 1 <= teachers <= views:
         raise ValueError(f"{what}: expected 1 <= T <= V and V >= 2 views, got T = {teachers}, V = {views}.")
-
-
-def _unit_rows(features: Array, mask: Array) -> Array:
-    """Unit features in the losses' dtype; masked rows are zero whatever they held."""
-    kept = jnp.where(mask.astype(bool)[None, :, None], features, jnp.zeros((), features.dtype))
-    return unit(kept.astype(jnp.promote_types(features.dtype, jnp.float32)))
 
 
 def pair_cross_entropy(

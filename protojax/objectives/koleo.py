@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from protojax.api import Array, Metrics, Objective, PyTree
 from protojax.objectives import common
+from protojax.ops.checks import accumulation_dtype
 from protojax.ops.unit import unit
 
 
@@ -41,7 +42,7 @@ def neighbour_distance(prototypes: Array, tile: int = 1024) -> Array:
     count = prototypes.shape[0]
     if count < 2:
         raise ValueError(f"koleo_proto: expected at least 2 prototypes, got {count}: one has no neighbour.")
-    rows = unit(prototypes.astype(jnp.promote_types(prototypes.dtype, jnp.float32)))
+    rows = unit(prototypes.astype(accumulation_dtype(prototypes)))
     neighbour = _nearest(jax.lax.stop_gradient(rows), min(tile, count))
     square = jnp.sum((rows - rows[neighbour]) ** 2, axis=1)
     return jnp.sqrt(jnp.maximum(square, 1e-16))

@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from protojax.ops.checks import accumulation_dtype, floating, positive, product_dtype
+from protojax.ops.kernels import block_kernels, block_path
 
 Array = jax.Array
 
 
 class _Setting(NamedTuple):
+    """Static: prototypes a block, rows a chunk, clip, dtypes of products and of everything else, and the program."""
+
     block: int
+    chunk: int
     eps: float
     operand: Any
     total: Any
+    path: str = "scan"
+
+    @property
+    def pallas(self) -> dict[str, Any]:
+        """Arguments of the Pallas kernels."""
+        return {"eps": self.eps, "operand": jnp.dtype(self.operand), "interpret": self.path.endswith("_interpret")}
+
+
+class _Side(NamedTuple):
+    """Views [V,B,D] scored against prototypes [K,D] and bias [K], logits times the scalar `sharpness` = 1 / T."""
+
+    views: Any
+    prototypes: Any
+    bias: Any
+    sharpness: Any
 
 
 def block_consistency(
@@ -35,6 +56,7 @@ def block_consistency(
     teacher_temperature: float | Array = 1.0,
     eps: float = 1.1920929e-07,
     matmul_dtype: DTypeLike | None = None,
+    row_tile: int | None = None,
 ) -> tuple[Array, Array]:
     """(consistency, regulariser), two scalars, of CARP (Silva & Ramírez Rivera, NeurIPS 2023).
 
@@ -55,72 +77,180 @@ def block_consistency(
       mask: [B] bool or weights: rows of 0 count nothing (with none left both results are 0).
       permutation: [K] int, a permutation of range(K).
 
-    The backward pass recomputes the probabilities block by block: memory is (S + T) x B x block numbers, independent of
-    K. Raises ValueError when K is not a multiple of `block`, when no pair of distinct views exists, and for shapes that
+    One sweep over blocks and chunks of rows; the backward pass recomputes the probabilities from column means that the
+    forward pass keeps (K numbers), so that memory depends on neither N x K nor B x block.
+
+    Raises ValueError when K is not a multiple of `block`, when no pair of distinct views exists, and for shapes that
     disagree; TypeError as `lse` does."""
     student, teacher = floating("student", student, 3), floating("teacher", teacher, 3)
-    count = _check(student, teacher, prediction, target, mask, permutation, positive("block", block))
+    _check(student, teacher, prediction, target, mask, permutation, positive("block", block))
     total = accumulation_dtype(student, teacher, *prediction, *target)
     operand = product_dtype(matmul_dtype, student, teacher, prediction[0], target[0])
-    setting = _Setting(block, eps, operand, total)
-    teacher, target = lax.stop_gradient((teacher, target))
+    views, rows = student.shape[0] + teacher.shape[0], student.shape[1]
+    # As many rows a chunk as keep the probabilities of all views in a CPU's cache, or fill an accelerator.
+    room = 2**20 if jax.default_backend() == "cpu" else 2**25
+    chunk = row_tile if row_tile is not None else max(8, room // (views * block))
+    chunk = max(1, min(chunk, rows))
     weight = mask.astype(total)
-    used = (weight != 0.0)[None, :, None]
+    share = weight / jnp.maximum(jnp.sum(weight), jnp.asarray(jnp.finfo(total).tiny, total))
+    sharpness = [1.0 / jnp.asarray(t, total) for t in (student_temperature, teacher_temperature)]
+    padding = -rows % chunk
+    if padding:
+        student, teacher = (jnp.pad(a, ((0, 0), (0, padding), (0, 0))) for a in (student, teacher))
+        share = jnp.pad(share, (0, padding))
+    sides = (
+        _Side(student, *prediction, sharpness[0]),
+        _Side(teacher, *target, sharpness[1]),
+    )
+    path = block_path(rows, block, student.shape[2], operand, total)
+    setting = _Setting(block, chunk, eps, operand.name, total.name, path)
+    return _block_losses(*sides, share, permutation.reshape(-1, block), setting)
+
+
+# ------------------------------------------------------------------------------------------ one block, one chunk
+def _probabilities(views: Array, side: _Side, setting: _Setting) -> Array:
+    """softmax inside the block, [V,R,block], of chunk `views` [V,R,D]; side holds the block's prototypes."""
+    total, operand = jnp.dtype(setting.total), jnp.dtype(setting.operand)
+    precision = lax.Precision.DEFAULT if operand == jnp.bfloat16 else lax.Precision.HIGHEST
+    logits = jnp.einsum(
+        "vrd,kd->vrk",
+        views.astype(operand),
+        side.prototypes.astype(operand),
+        precision=precision,
+        preferred_element_type=total,
+    )
+    return jax.nn.softmax((logits + side.bias.astype(total)[None, None, :]) * side.sharpness, axis=-1)
+
+
+def _chunk_losses(student: _Side, teacher: _Side, share: Array, setting: _Setting) -> tuple[Array, Array]:
+    """(sum over rows and pairs of -share ln <p, q>, column sums of the pooled probabilities [block])."""
+    used = (share != 0.0)[None, :, None]
     # Masked rows may hold anything, NaN included: zero them before they meet a product.
-    student = jnp.where(used, student, jnp.zeros((), student.dtype)).astype(total)
-    teacher = jnp.where(used, teacher, jnp.zeros((), teacher.dtype)).astype(total)
-    student = student / jnp.asarray(student_temperature, total)
-    teacher = teacher / jnp.asarray(teacher_temperature, total)
-    scale = (1.0 / jnp.asarray(student_temperature, total), 1.0 / jnp.asarray(teacher_temperature, total))
-    parts = []
-    for (prototypes, bias), inverse in zip((prediction, target), scale, strict=True):
-        parts.append(prototypes[permutation].reshape(count // block, block, -1))
-        parts.append((bias.astype(total)[permutation] * inverse).reshape(count // block, block))
-    share = weight / jnp.maximum(jnp.sum(weight), jnp.ones((), total) * jnp.finfo(total).tiny)
-
-    def body(sums, blocks):
-        losses = _one_block(student, teacher, blocks, share, setting)
-        return (sums[0] + losses[0], sums[1] + losses[1]), None
-
-    # Rematerialised: without it the scan would keep every block's probabilities, which is the N x K array.
-    zero = jnp.zeros((), total)
-    (consistency, regulariser), _ = lax.scan(jax.checkpoint(body, prevent_cse=False), (zero, zero), tuple(parts))
-    blocks_number = count // block
-    any_row = jnp.sum(weight) > 0.0
-    return consistency / blocks_number, jnp.where(any_row, regulariser / blocks_number, zero)
-
-
-def _one_block(student: Array, teacher: Array, blocks: Any, share: Array, setting: _Setting) -> tuple[Array, Array]:
-    """Both losses of one block; share [B] weighs the rows and sums to one."""
-    prediction, prediction_bias, target, target_bias = blocks
-    views, teachers = student.shape[0], teacher.shape[0]
-
-    def probabilities(rows: Array, prototypes: Array, bias: Array) -> Array:
-        precision = lax.Precision.DEFAULT if setting.operand == jnp.bfloat16 else lax.Precision.HIGHEST
-        logits = jnp.einsum(
-            "vbd,kd->vbk",
-            rows.astype(setting.operand),
-            prototypes.astype(setting.operand),
-            precision=precision,
-            preferred_element_type=setting.total,
-        )
-        return jax.nn.softmax(logits + bias[None, None, :], axis=-1)
-
-    predicted = probabilities(student, prediction, prediction_bias)
-    assigned = lax.stop_gradient(probabilities(teacher, target, target_bias))
-    pairs = [(i, j) for i in range(views) for j in range(teachers) if i != j]
-    consistency = jnp.zeros((), setting.total)
-    for i, j in pairs:
+    clean = [jnp.where(used, side.views, jnp.zeros((), side.views.dtype)) for side in (student, teacher)]
+    predicted = _probabilities(clean[0], student, setting)
+    assigned = lax.stop_gradient(_probabilities(clean[1], teacher, setting))
+    consistency = jnp.zeros((), predicted.dtype)
+    for i, j in _pairs(student, teacher):
         agreement = jnp.clip(jnp.sum(predicted[i] * assigned[j], axis=-1), setting.eps, 1.0 - setting.eps)
         consistency = consistency - jnp.sum(share * jnp.log(agreement))
     pooled = jnp.sum(predicted, axis=0) + jnp.sum(assigned, axis=0)
-    usage = jnp.sum(pooled * share[:, None], axis=0) / (views + teachers)
+    return consistency, jnp.sum(pooled * share[:, None], axis=0)
+
+
+def _pairs(student: _Side, teacher: _Side) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(student.views.shape[0]) for j in range(teacher.views.shape[0]) if i != j]
+
+
+def _regulariser(columns: Array, views: int, setting: _Setting) -> Array:
+    """ln(block) + sum_c pbar_c ln pbar_c from the column sums of one block; 0 when no row was left."""
+    usage = columns / views
     entropy = jnp.sum(usage * jnp.log(jnp.clip(usage, setting.eps, 1.0 - setting.eps)))
-    return consistency / len(pairs), math.log(setting.block) + entropy
+    return jnp.where(jnp.sum(columns) > 0.0, math.log(setting.block) + entropy, jnp.zeros((), columns.dtype))
 
 
-def _check(student, teacher, prediction, target, mask, permutation, block) -> int:
-    """K, after checking every shape."""
+def _rows_of(side: _Side, index: Array, size: int) -> _Side:
+    return side._replace(views=lax.dynamic_slice_in_dim(side.views, index * size, size, axis=1))
+
+
+def _block_of(side: _Side, picked: Array) -> _Side:
+    return side._replace(prototypes=side.prototypes[picked], bias=side.bias[picked])
+
+
+# ------------------------------------------------------------------------------------------------- all of them
+def _sweep(student: _Side, teacher: _Side, share: Array, blocks: Array, setting: _Setting):
+    """((consistency, regulariser), column sums [K/block, block])."""
+    total, chunks = jnp.dtype(setting.total), share.shape[0] // setting.chunk
+    views = student.views.shape[0] + teacher.views.shape[0]
+    pairs = len(_pairs(student, teacher))
+    if setting.path != "scan":
+        consistency, columns = block_kernels().forward(student, teacher, share, blocks, **setting.pallas)
+        regulariser = jnp.mean(jax.vmap(lambda sums: _regulariser(sums, views, setting))(columns))
+        return (consistency / (pairs * blocks.shape[0]), regulariser), columns
+
+    def one_block(sums, picked):
+        ours, theirs = _block_of(student, picked), _block_of(teacher, picked)
+
+        def one_chunk(carry, index):
+            part = lax.dynamic_slice_in_dim(share, index * setting.chunk, setting.chunk)
+            rows = [_rows_of(side, index, setting.chunk) for side in (ours, theirs)]
+            losses = _chunk_losses(rows[0], rows[1], part, setting)
+            return (carry[0] + losses[0], carry[1] + losses[1]), None
+
+        start = (jnp.zeros((), total), jnp.zeros((setting.block,), total))
+        (consistency, columns), _ = lax.scan(one_chunk, start, jnp.arange(chunks))
+        regulariser = _regulariser(columns, views, setting)
+        return (sums[0] + consistency, sums[1] + regulariser), columns
+
+    zero = jnp.zeros((), total)
+    (consistency, regulariser), columns = lax.scan(one_block, (zero, zero), blocks)
+    return (consistency / (pairs * blocks.shape[0]), regulariser / blocks.shape[0]), columns
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _block_losses(student: _Side, teacher: _Side, share: Array, blocks: Array, setting: _Setting):
+    return _sweep(student, teacher, share, blocks, setting)[0]
+
+
+def _forward(student, teacher, share, blocks, setting):
+    others = (student.prototypes, student.bias, student.sharpness)
+    wanted = () if any(array.perturbed for array in others) else None
+    student, teacher, share, blocks = jax.tree.map(lambda a: a.value, (student, teacher, share, blocks))
+    losses, columns = _sweep(student, teacher, share, blocks, setting)
+    return losses, (student, teacher, share, blocks, columns, wanted)
+
+
+def _backward(setting, residuals, cotangents):
+    """Block by block, chunk by chunk: the chunk's losses are rebuilt and differentiated, and their probabilities
+    dropped. `wanted` is None where the prototypes take no gradient (decoupled)."""
+    student, teacher, share, blocks, columns, wanted = residuals
+    total, chunks = jnp.dtype(setting.total), share.shape[0] // setting.chunk
+    views = student.views.shape[0] + teacher.views.shape[0]
+    consistency_bar, regulariser_bar = (
+        jnp.zeros(bar.shape, bar.dtype) if isinstance(bar, SymbolicZero) else bar for bar in cotangents
+    )
+    consistency_bar = consistency_bar / (len(_pairs(student, teacher)) * blocks.shape[0])
+    regulariser_bar = regulariser_bar / blocks.shape[0]
+    if wanted is None and setting.path != "scan":
+        slopes = jax.vmap(lambda sums: regulariser_bar * jax.grad(_regulariser)(sums, views, setting))(columns)
+        found = block_kernels().backward(student, teacher, share, blocks, consistency_bar, slopes, **setting.pallas)
+        return _Side(found.astype(student.views.dtype), None, None, None), None, None, None
+
+    rest = () if wanted is None else ("prototypes", "bias", "sharpness")
+    tables = rest[:2]
+
+    def one_block(carry, part):
+        picked, sums = part
+        ours, theirs = _block_of(student, picked), _block_of(teacher, picked)
+        columns_bar = regulariser_bar * jax.grad(_regulariser)(sums, views, setting)
+
+        def one_chunk(bars, index):
+            mass = lax.dynamic_slice_in_dim(share, index * setting.chunk, setting.chunk)
+            rows, other = (_rows_of(side, index, setting.chunk) for side in (ours, theirs))
+
+            def losses(live):
+                return _chunk_losses(rows._replace(**live), other, mass, setting)
+
+            _, pull = jax.vjp(losses, {name: getattr(rows, name) for name in bars})
+            found = {name: bar.astype(total) for name, bar in pull((consistency_bar, columns_bar))[0].items()}
+            at = (0, index * setting.chunk, 0)
+            old = lax.dynamic_slice(bars["views"], at, found["views"].shape)
+            added = {name: bars[name] + found[name] for name in bars if name != "views"}
+            return added | {"views": lax.dynamic_update_slice(bars["views"], old + found["views"], at)}, None
+
+        blank = {name: jnp.zeros(getattr(ours, name).shape, total) for name in tables}
+        bars, _ = lax.scan(one_chunk, carry | blank, jnp.arange(chunks))
+        return bars | {name: carry[name].at[picked].set(bars[name], unique_indices=True) for name in tables}, None
+
+    start = {name: jnp.zeros(getattr(student, name).shape, total) for name in ("views", *rest)}
+    bars, _ = lax.scan(one_block, start, (blocks, columns))
+    found = {name: bar.astype(getattr(student, name).dtype) for name, bar in bars.items()}
+    return _Side(*(found.get(name) for name in _Side._fields)), None, None, None
+
+
+_block_losses.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _check(student, teacher, prediction, target, mask, permutation, block) -> None:
     for name, (prototypes, bias) in (("prediction", prediction), ("target", target)):
         floating(f"{name} prototypes", prototypes, 2)
         floating(f"{name} bias", bias, 1)
@@ -151,4 +281,3 @@ def _check(student, teacher, prediction, target, mask, permutation, block) -> in
             f"CARP compares different views: pass at least 2 student views and 1 teacher view, got {student.shape[0]} "
             f"and {teacher.shape[0]}"
         )
-    return count

@@ -25,8 +25,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from protojax.ops.checks import accumulation_dtype, floating, logit_arguments, product_dtype
-from protojax.ops.kernels import column_sweep, row_sweep, streams_rows
-from protojax.ops.sweeps import Tiling, attend_backward, book, join, row_block, row_tile_of, split, tiling
+from protojax.ops.kernels import column_sweep, plan, row_sweep, streams_rows
+from protojax.ops.sweeps import Tiling, attend_backward, book, join, row_block, row_tile_of, split
 
 Array = jax.Array
 Side = tuple[Array, Array, Array]  # queries [N,D], prototypes [K,D], bias [K]
@@ -100,7 +100,7 @@ def lse(
     Raises TypeError for integer, boolean or float16 arrays; ValueError for wrong ranks, differing widths and K = 0.
     """
     queries, prototypes, bias = logit_arguments(queries, prototypes, bias)
-    return _lse(queries, prototypes, bias, tiling(tile, row_tile, matmul_dtype))
+    return _lse(queries, prototypes, bias, plan(queries, prototypes, bias, tile, row_tile, matmul_dtype))
 
 
 # ---------------------------------------------------------------------------------------------------- attend
@@ -140,7 +140,7 @@ def attend(
     Arguments and errors as in `lse`. Both results are differentiable with respect to all three arrays; the backward
     pass recomputes the logits tile by tile."""
     queries, prototypes, bias = logit_arguments(queries, prototypes, bias)
-    return _attend(queries, prototypes, bias, tiling(tile, row_tile, matmul_dtype))
+    return _attend(queries, prototypes, bias, plan(queries, prototypes, bias, tile, row_tile, matmul_dtype))
 
 
 # ---------------------------------------------------------------------------------------------- expectation
@@ -163,7 +163,8 @@ def _expectation_backward(options, residuals, cotangents):
     if columns is None:
         return None, None, None, None, None
     rows = tuple(_dense(cotangent) for cotangent in cotangents)
-    values_bar, weights_bar = column_sweep(*columns, rows, _unweighted, options)
+    queries, prototypes, bias, lse = columns
+    values_bar, weights_bar = column_sweep(queries, prototypes, bias, lse, rows, _unweighted, options)
     return None, None, None, values_bar.astype(dtypes[0].dtype), weights_bar[:, 0].astype(dtypes[1].dtype)
 
 
@@ -195,7 +196,9 @@ def expectation(
             f"values and weights must have one row a prototype ({prototypes.shape[0]}), "
             f"got {values.shape} and {weights.shape}"
         )
-    return _expectation(queries, prototypes, bias, values, weights, tiling(tile, row_tile, matmul_dtype))
+    return _expectation(
+        queries, prototypes, bias, values, weights, plan(queries, prototypes, bias, tile, row_tile, matmul_dtype)
+    )
 
 
 # ---------------------------------------------------------------------------------------- soft cross-entropy
@@ -209,7 +212,7 @@ def _both_rows(student: Side, teacher: Side, options: Tiling, difference: bool) 
         gap = student_sweep[1] - teacher_sweep[1] if difference else jnp.zeros((queries.shape[0], 0), total)
         return loss, gap, student_sweep[0], teacher_sweep[0]
 
-    if not streams_rows(student[0], keys):
+    if not streams_rows(options):
         student_sweep = row_sweep(*student, keys if difference else None, None, options)
         return combine(student[0], student_sweep, row_sweep(*teacher, keys, student[2], options))
     # Chunk by chunk through both sweeps: one [N,D] array is kept for the gradient, not two.
@@ -250,8 +253,10 @@ def _cross_entropy_backward(options, residuals, loss_bar):
     if columns is not None:
         student, teacher, student_lse, teacher_lse = columns
         rows = (student[0], loss_bar)
-        ours = column_sweep(*student, student_lse, rows, _weighted, options)
-        theirs = column_sweep(*teacher, teacher_lse, rows, _weighted, options)
+        ours, theirs = (
+            column_sweep(side[0], side[1], side[2], side_lse, rows, _weighted, options)
+            for side, side_lse in ((student, student_lse), (teacher, teacher_lse))
+        )
         bars[1:] = [ours[0] - theirs[0], (ours[1] - theirs[1])[:, 0]]
     bars = [None if bar is None else bar.astype(like.dtype) for bar, like in zip(bars, dtypes, strict=True)]
     return tuple(bars), (None, None, None)
@@ -288,7 +293,7 @@ def soft_cross_entropy(
             "student and teacher must score the same rows against the same number of prototypes, got queries "
             f"{student[0].shape} and {teacher[0].shape}, prototypes {student[1].shape} and {teacher[1].shape}"
         )
-    return _cross_entropy(student, teacher, tiling(tile, row_tile, matmul_dtype))
+    return _cross_entropy(student, teacher, plan(*student, tile, row_tile, matmul_dtype))
 
 
 def soft_cross_entropy_pairs(

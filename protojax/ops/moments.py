@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from protojax.ops.checks import accumulation_dtype, floating, logit_arguments
-from protojax.ops.kernels import accumulate_sweep, column_sweep
-from protojax.ops.sweeps import tiling
+from protojax.ops.kernels import column_sweep, completes_rows, plan, row_sweep
+from protojax.ops.sweeps import complete_sweep
 
 Array = jax.Array
 Second = Literal["diag", "spherical", "tied", "none"]
@@ -88,15 +88,19 @@ def accumulate(
         )
     if second not in _PREPARE:
         raise ValueError(f"second must be 'diag', 'spherical', 'tied' or 'none', got {second!r}")
-    options = tiling(tile, row_tile, matmul_dtype)
+    options = plan(queries, prototypes, bias, tile, row_tile, matmul_dtype)
     total = accumulation_dtype(queries, prototypes, bias, features)
     weight = mask.astype(total)
     used = weight != 0.0
     prepare = _PREPARE[second]
-    if log_normaliser is None:
-        lse, first, sums = accumulate_sweep(queries, prototypes, bias, (features, weight), prepare, options)
+    if log_normaliser is None and completes_rows(options):
+        lse, first, sums = complete_sweep(queries, prototypes, bias, (features, weight), prepare, options)
     else:
-        lse = floating("log_normaliser", log_normaliser, 1).astype(total)
+        if log_normaliser is None:
+            clean = jnp.where(used[:, None], queries, jnp.zeros((), queries.dtype))
+            lse = row_sweep(clean, prototypes, bias, None, None, options)[0].astype(total)
+        else:
+            lse = floating("log_normaliser", log_normaliser, 1).astype(total)
         if lse.shape != (rows,):
             raise ValueError(f"log_normaliser must hold one value a row ({rows}), got shape {lse.shape}")
         # A masked row holds zeros; 0 as its normaliser may overflow exp: +inf makes it weigh exactly nothing.

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from protojax.ops.checks import accumulation_dtype, positive, product_dtype
+from protojax.ops.checks import accumulation_dtype, product_dtype
 
 Array = jax.Array
 # Turns (queries, rows) of one chunk into (queries [R,P], vectors [R,E], scalars [R,F]) to be summed under the softmax:
@@ -31,18 +31,13 @@ Prepare = Callable[[Array, Any], tuple[Array, Array, Array]]
 
 class Tiling(NamedTuple):
     """Static options of a sweep. tile: prototypes a block; row_tile: rows a block; matmul_dtype: dtype of the operands
-    of matrix products (accumulation is always float32 or float64), None for that of the arguments."""
+    of matrix products (accumulation is always float32 or float64), None for that of the arguments; path: which program
+    runs it (see `kernels`)."""
 
     tile: int = 2048
     row_tile: int | None = None
     matmul_dtype: Any = None
-
-
-def tiling(tile: int, row_tile: int | None, matmul_dtype: Any) -> Tiling:
-    """Checked, hashable options; `row_tile=None` takes a size for the platform."""
-    name = None if matmul_dtype is None else jnp.dtype(matmul_dtype).name
-    rows = None if row_tile is None else positive("row_tile", row_tile)
-    return Tiling(positive("tile", tile), rows, name)
+    path: str = "scan"
 
 
 def row_tile_of(options: Tiling, rows: int) -> int:

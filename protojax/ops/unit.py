@@ -8,6 +8,10 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 def unit(x: Array, axis: int = -1) -> Array:
     """x / ||x|| along `axis`; a zero row stays zero and has zero gradient (never NaN), dtype kept.
 
@@ -15,7 +19,7 @@ def unit(x: Array, axis: int = -1) -> Array:
     least."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"unit expects floating-point rows, got {x.dtype}; convert them first")
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(_wide(x.dtype))
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(wide), axis=axis, keepdims=True))
     empty = largest == 0.0
     # The scale cancels in x / ||x||, so that stopping its gradient is exact.
@@ -34,6 +38,6 @@ def center(x: Array, mean: Array) -> Array:
 
 def masked_mean(x: Array, mask: Array) -> tuple[Array, Array]:
     """(sum of the rows of x [N,D] where mask [N], their number): additive parts of a mean; masked rows may hold NaN."""
-    weight = mask.astype(jnp.promote_types(x.dtype, jnp.float32))
+    weight = mask.astype(_wide(x.dtype))
     kept = jnp.where(weight[:, None] != 0.0, x, jnp.zeros((), x.dtype)).astype(weight.dtype)
     return jnp.sum(kept * weight[:, None], axis=0), jnp.sum(weight)

@@ -15,7 +15,7 @@ import numpy as np
 
 from protojax.reporting.facts import COLLAPSE_EPSILON, HEADLINE_EPSILON, Facts, facts_of, primary_label
 from protojax.reporting.page import Html, grid, page, plot, section, table, tag
-from protojax.reporting.plots import Curve, drawable, level, percent_axis
+from protojax.reporting.plots import Curve, axis_from_zero, drawable, level, percent_axis
 from protojax.reporting.records import Run, load_run, series, write_text
 from protojax.reporting.svg import ROLES, SERIES, STYLES, drawing, legend_above, new_axes, short, to_svg
 
@@ -163,8 +163,7 @@ def _summary(column: Column, values: Sequence[float | None]) -> str:
         return ABSENT
     said = _number(column, mean)
     if sd is not None:
-        digits = max(column.digits, 1)
-        said = f"{column.scale * mean:.{digits}f} ± {column.scale * sd:.{digits}f}"
+        said = f"{_number(column, mean)}±{_number(column, sd)}"
     return said if n == len(values) else f"{said} (n={n})"
 
 
@@ -258,7 +257,7 @@ def _figures(runs: Sequence[Run], facts: Sequence[Facts], groups: Sequence[Group
         _overlay("Live", runs, groups, "evals", (*audit, "live"), facts),
         _bars(facts, groups),
         _overlay("Effective rank of the features", runs, groups, "evals", ("metrics", "effective_rank")),
-        _overlay("Loss", runs, groups, "train", ("metrics", "loss/total")),
+        _overlay("Loss", runs, groups, "train", ("metrics", "loss/total"), from_zero=False),
         _overlay("Images per second", runs, groups, "train", ("images_per_second",)),
     ]
     note = "One colour an arm, one line a run. Losses of different objectives cannot be compared."
@@ -274,6 +273,7 @@ def _overlay(
     counts: Sequence[Facts] | None = None,
     share: bool = False,
     control: float | None = None,
+    from_zero: bool = True,
 ) -> Html:
     """One number of every run over steps. counts given: divided by each run's K and drawn as per cent."""
     curves: list[list[Curve]] = []
@@ -303,6 +303,8 @@ def _overlay(
         level(axes, control, "untrained", ROLES["muted"])
         if share or counts is not None:
             percent_axis(axes)
+        elif from_zero:
+            axis_from_zero(axes)
         legend_above(figure, axes)
         caption = "Share of all prototypes." if counts is not None else ""
         return plot(title, to_svg(figure, title), caption)

@@ -62,7 +62,8 @@ def plot(title: str, drawing: str | None, caption: object, reason: str = "") -> 
     """One figure; drawing None: its place says why it is absent."""
     if drawing is None:
         return Html(f'<figure class="absent"><h3>{text(title)}</h3><p>Not shown: {text(reason)}</p></figure>')
-    return Html(f"<figure><h3>{text(title)}</h3>{drawing}<figcaption>{text(caption)}</figcaption></figure>")
+    below = tag("figcaption", caption) if caption else ""
+    return Html(f"<figure><h3>{text(title)}</h3>{drawing}{below}</figure>")
 
 
 def grid(*figures: Html) -> Html:

@@ -55,9 +55,14 @@ def level(axes: Axes, value: float | None, label: str, colour: str) -> None:
         axes.axhline(value, color=colour, linestyle=(0, (1.2, 2.2)), linewidth=1.6, label=label)
 
 
-def percent_axis(axes: Axes, top: float | None = None) -> None:
+def axis_from_zero(axes: Axes) -> None:
+    """Start the y axis at 0, so that noise on a constant looks like noise, and leave room above the highest value."""
+    axes.set_ylim(0.0, 1.08 * max(float(axes.dataLim.y1), 1e-9))
+
+
+def percent_axis(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
-    axes.set_ylim(bottom=0.0, top=top)
+    axis_from_zero(axes)
 
 
 def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
@@ -99,7 +104,7 @@ def line_plot(
         if share:
             percent_axis(axes)
         elif from_zero:
-            axes.set_ylim(bottom=0.0)
+            axis_from_zero(axes)
         legend_above(figure, axes)
         return plot(title, to_svg(figure, f"{title}. {caption}"), caption)
 
@@ -107,7 +112,9 @@ def line_plot(
 def losses(run: Run) -> Html:
     keys = sorted({key for record in run.train for key in _names(record) if key.startswith("loss/")}, key=_loss_order)
     chance_keys = [key for key in keys if key.split("/")[-1] == "chance"]
-    shown = [key for key in keys if key not in chance_keys][:MOST_LOSSES]
+    # The one term of an objective that has no other is the total again.
+    terms = [key for key in keys if key.count("/") > 1 and key.endswith("/loss")]
+    shown = [key for key in keys if key not in chance_keys and (key not in terms or len(terms) > 1)][:MOST_LOSSES]
     curves = [(key.removeprefix("loss/"), *series(run.train, "metrics", key)) for key in shown]
     chance = series(run.train, "metrics", chance_keys[0])[1] if chance_keys else np.empty(0)
     chance = chance[np.isfinite(chance)]
@@ -120,8 +127,8 @@ def losses(run: Run) -> Html:
 
 
 def _loss_order(key: str) -> tuple[int, str]:
-    order = ("loss/total", "loss/consistency", "loss/regulariser")
-    return (order.index(key) if key in order else len(order), key)
+    order, last = ("total", "loss", "consistency", "regulariser"), key.split("/")[-1]
+    return (order.index(last) if last in order else len(order), key)
 
 
 def _names(record: dict) -> list[str]:
@@ -271,8 +278,9 @@ def groups(facts: Facts) -> Html:
         axes.tick_params(axis="x", length=0)
         percent_axis(axes)
         legend_above(figure, axes)
-        caption = "k-NN accuracy in per cent over classes with many, some and few training images; balanced: mean over "
-        caption += f"classes. The verdict above speaks of the {primary_label(facts.groups)} labels."
+        caption = "k-NN accuracy in per cent over classes with many (head), some and few (tail) training images"
+        caption += "; balanced: mean over classes." if "balanced" in names else "."
+        caption += f" The verdict above speaks of the {primary_label(facts.groups)} labels."
         return plot(title, to_svg(figure, f"{title}. {caption}"), caption)
 
 

@@ -43,7 +43,8 @@ def verdict(run: Run, facts: Facts) -> Html:
 def found(facts: Facts) -> Html:
     entries = findings(facts)
     if not entries:
-        return section("Findings", tag("p", "No detector fired in this run."), anchor="findings")
+        said = "No detector fired in this run. The answers above have thresholds of their own and stand without one."
+        return section("Findings", tag("p", said), anchor="findings")
     blocks = []
     for finding in entries:
         when = "" if finding.first is None else f", step {finding.first:,}"

@@ -192,20 +192,32 @@ def _look(session: Browser, page: Path, folder: Path, width: int, scheme: str) -
     return Look(width, scheme, tuple(files), tuple(problems), seen["images"], seen["drawings"])
 
 
+def pages_of(given: Path) -> list[Path]:
+    """The page given; of a run directory its report; of a folder of runs every page in it and in its runs.
+
+    Raises:
+      ValueError: a folder without a page.
+    """
+    if not given.is_dir():
+        return [given]
+    pages = sorted([*given.glob("*.html"), *given.glob("*/report.html")])
+    if not pages:
+        raise ValueError(f"no report in {given}: train a run first, or give the path of its report.html.")
+    return pages
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Screenshots of a report at two widths, light and dark.")
-    parser.add_argument("report", help="report.html or compare.html")
-    parser.add_argument("--out", default=None, help="folder for the PNGs (default: shots/ beside the report)")
+    parser.add_argument("reports", nargs="+", help="a page, a run directory, or a folder of runs")
+    parser.add_argument("--out", default=None, help="folder for the PNGs (default: shots/ beside each report)")
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="page widths in CSS pixels")
     parser.add_argument("--browser", default=None, help="browser binary (default: Chromium on PATH)")
     options = parser.parse_args(arguments)
+    looks: list[Look] = []
     try:
-        looks = screenshots(
-            options.report,
-            options.out or Path(options.report).parent / "shots",
-            options.widths,
-            browser=options.browser,
-        )
+        for report in [page for given in options.reports for page in pages_of(Path(given))]:
+            out = options.out or report.parent / "shots"
+            looks += screenshots(report, out, options.widths, browser=options.browser)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -82,9 +82,9 @@ def collapsed(facts: Facts) -> Answer:
         return Answer(question, "unknown", "Not known", ("No prototype audit was recorded for this run.",))
     sentences, marks = [], []
     if distinct is not None and live is not None:
-        of_live = f" ({percent(distinct / live, 0)} of the live ones)" if live else ""
-        text = f"{whole(distinct)} of {whole(count)} prototypes ({percent(distinct / count)}) are in use and distinct "
-        sentences.append(text + f"(live-unique at {HEADLINE_EPSILON:g}){of_live}; {whole(live)} are in use at all.")
+        text = f"{whole(distinct)} of {whole(count)} prototypes ({percent(distinct / count)}) are in use and distinct: "
+        text += f"live-unique at {HEADLINE_EPSILON:g}, the number to watch. {whole(live)} are in use at all"
+        sentences.append(text + (f", {percent(distinct / live, 0)} of those distinct." if live else "."))
         marks.append(_mark(distinct / count, IN_USE, FELL))
         marks.append(_mark(distinct / live if live else 0.0, KEPT, FELL))
     if now is not None and start is not None:

@@ -19,8 +19,10 @@ BUILDERS = {
     "frozen": lambda k: frozen(k),
     "mixture": lambda k: mixture(k, eta=("cosine", 0.2, 0.05), beta=("linear", 0.5, 1.0), price=0.5),
     "mixture_diag": lambda k: mixture(k, covariance="diag", revive=2, revive_below=1.0, weights="uniform"),
-    "mixture_uniform": lambda k: mixture(k, covariance="spherical", forgetting="uniform", center=False, features="unit"),
-    "balanced": lambda k: balanced(k, temperature=("exponential", 0.1, 0.02), prior=("power", 0.5)),
+    "mixture_uniform": lambda k: mixture(
+        k, covariance="spherical", forgetting="uniform", center=False, features="unit"
+    ),
+    "balanced": lambda k: balanced(k, temperature=("exponential", 0.1, 0.02), prior_exponent=0.5),
     "balanced_every": lambda k: balanced(k, every=2, start="random"),
     "capi": lambda k: capi(k),
     "centered": lambda k: with_logit_center(balanced(k), 0.5),
@@ -78,10 +80,13 @@ def test_state_codebooks_and_information(name, key):
     assert step._cache_size() == 1
     assert jax.tree.map(lambda a: (a.shape, a.dtype), S) == structure
     for name_, (total, count) in info.items():
-        assert total.shape == count.shape == () and np.isfinite(float(total)) and float(count) >= 0, name_
+        assert total.shape == count.shape == (), name_
+        assert np.isfinite(float(total)), name_
+        assert float(count) >= 0, name_
     assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(S))
     for book in jax.jit(estimator.codebooks)(S, head):
-        assert book.prototypes.shape == (K, D) and book.bias.shape == (K,)
+        assert book.prototypes.shape == (K, D)
+        assert book.bias.shape == (K,)
         np.testing.assert_allclose(np.linalg.norm(book.prototypes, axis=1), 1.0, rtol=1e-5)
         assert np.isfinite(np.asarray(book.bias)).all()
     assert set(describe(S)) <= {"usage", "center"}
@@ -168,7 +173,8 @@ def test_target_of_learned_heads_is_cut_off(key):
         S, head = estimator.init(key, SPEC), estimator.head(key, SPEC)
         to_target = jax.grad(lambda h, e=estimator, s=S: jnp.sum(e.codebooks(s, h)[0].prototypes ** 3))(head)
         to_prediction = jax.grad(lambda h, e=estimator, s=S: jnp.sum(e.codebooks(s, h)[1].prototypes ** 3))(head)
-        assert not np.any(np.asarray(to_target["prototypes"])) and np.any(np.asarray(to_prediction["prototypes"]))
+        assert not np.any(np.asarray(to_target["prototypes"]))
+        assert np.any(np.asarray(to_prediction["prototypes"]))
         with pytest.raises(ValueError, match="expected the head that this estimator made"):
             estimator.codebooks(S, {})
 
@@ -183,8 +189,7 @@ def test_target_of_learned_heads_is_cut_off(key):
         (lambda: mixture(4, usage_rate=0.0), r"usage_rate: expected a number in \(0, 1\]"),
         (lambda: mixture(4, eta=("cosin", 0.1, 0.0)), r"mixture, eta.*did you mean 'cosine'"),
         (lambda: balanced(8, memory=15), "at least 2 x components = 16 rows"),
-        (lambda: balanced(8, prior=("power", -1.0)), "exponent of at least 0"),
-        (lambda: balanced(8, prior="uniformly"), r"prior.*did you mean 'uniform'"),
+        (lambda: balanced(8, prior_exponent=-1.0), "prior_exponent: expected a finite number of at least 0"),
         (lambda: balanced(8, start="kmeans"), r"start.*did you mean 'kmeans\+\+'"),
         (lambda: capi(8, target_temperature=0.0), "target_temperature: expected a positive number"),
         (lambda: learned(8, features="units"), r"features.*did you mean 'unit'"),

@@ -114,8 +114,8 @@ def test_views_are_independent_of_sharding(carp: Callable, key: jax.Array) -> No
     ours, whole = compiled(key, sharded), carp(key, batch)
     for name, view in ours.items():
         assert view.sharding.shard_shape(view.shape)[1] == 1
-        # a product may be summed in another order: 24 terms of up to 1/std, in float32
-        np.testing.assert_allclose(view, whole[name], atol=24 * 4.5 * 2.0**-24 * 10)
+        # products and means may be summed in another order: about a hundred roundings of levels up to 1, over std
+        np.testing.assert_allclose(view, whole[name], atol=100 * 2.0**-24 / min(STD))
 
 
 def test_an_image_draws_the_same_numbers_in_any_batch(key: jax.Array) -> None:

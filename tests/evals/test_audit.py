@@ -192,3 +192,12 @@ def test_bad_input_is_named(arguments, message):
 def test_a_centre_of_another_width_is_named():
     with pytest.raises(ValueError, match=r"center: expected one value a column \(\(4,\)\)"):
         audit(np.eye(4, dtype=np.float32), np.ones((5, 4), np.float32), center=np.ones(3))
+
+
+def test_counts_at_each_epsilon_equal_counts_alone():
+    """Larger epsilons answer for smaller ones only where they may."""
+    rows = np.concatenate([directions(0, 20, 4), directions(1, 3, 4).repeat(2, axis=0)])
+    epsilons = (0.025, 0.0, 0.5, 1e-4)
+    alone = {name: count for e in epsilons for name, count in unique_counts(rows, (e,)).items()}
+    assert unique_counts(rows, epsilons) == alone
+    assert list(alone) == ["0.025", "0", "0.5", "0.0001"]

@@ -60,7 +60,7 @@ def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     return state
 
 
-def images(name: str) -> np.ndarray:
+def images(name: str) -> dict[str, np.ndarray]:
     kind = name.split("_")[0]
     return {part: uniform(f"{kind}/{part}", shape) for part, shape in SIZES[kind].items()}
 

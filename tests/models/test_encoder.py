@@ -50,15 +50,16 @@ def test_views_of_a_size_are_one_batch_and_global_views_come_first(key):
     variables = jax.jit(encoder.init)(key, inputs)
     embeddings, stats = jax.jit(lambda v, x: encoder.apply(v, x, True, key))(variables, inputs)
     backbone, head = functional(RESNET), functional(Head, 8, **HEAD)
+    run_backbone, run_head = (jax.jit(functools.partial(network.apply, train=True)) for network in (backbone, head))
 
     part = {kind: variables[kind]["backbone"] for kind in variables}
     pooled = []
     for views in (inputs["global"], inputs["local"]):
-        features, moved = backbone.apply(part, views.reshape((-1, *views.shape[2:])), train=True)
+        features, moved = run_backbone(part, views.reshape((-1, *views.shape[2:])))
         part = part | {"stats": moved}
         pooled.append(features["pooled"].reshape((*views.shape[:2], 8)))
     expected = jnp.concatenate(pooled)
-    image, head_stats = head.apply({k: variables[k]["head"] for k in variables}, expected.reshape((-1, 8)), train=True)
+    image, head_stats = run_head({k: variables[k]["head"] for k in variables}, expected.reshape((-1, 8)))
     close = functools.partial(np.testing.assert_allclose, atol=3e-5)  # batch norms of 20 rows amplify 1e-7
     close(embeddings["backbone"], expected)
     close(embeddings["image"], image.reshape((5, 4, 4)))
@@ -104,9 +105,10 @@ def test_sharded_over_eight_devices_equals_one_device(key):
         assert moved not in program
 
 
-@pytest.mark.parametrize("backbone", [RESNET, VIT])
-def test_every_parameter_has_a_finite_gradient_that_is_not_zero(backbone, key):
-    encoder, inputs = _encoder(backbone), _inputs(key)
+# A batch norm in the head would annihilate the gradient of the ViT's last bias.
+@pytest.mark.parametrize(("backbone", "head"), [(RESNET, "carp"), (VIT, "dino")])
+def test_every_parameter_has_a_finite_gradient_that_is_not_zero(backbone, head, key):
+    encoder, inputs = make_encoder(backbone, head, head_options=HEAD), {"global": _inputs(key)["global"]}
     variables = jax.jit(encoder.init)(key, inputs)
     _, gradients = _step(encoder)(variables["params"], variables["stats"], inputs, key)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
@@ -115,7 +117,7 @@ def test_every_parameter_has_a_finite_gradient_that_is_not_zero(backbone, key):
 
 
 def test_bfloat16_is_a_policy_of_products_alone(key):
-    inputs = _inputs(key)
+    inputs = {"global": _inputs(key)["global"]}
     full, half = _encoder(VIT, tokens=True), _encoder(VIT, tokens=True, dtype="bfloat16")
     variables = jax.jit(half.init)(key, inputs)
     results = [jax.jit(lambda v, x, e=e: e.apply(v, x, False, None))(variables, inputs)[0] for e in (full, half)]
@@ -129,16 +131,16 @@ def test_bfloat16_is_a_policy_of_products_alone(key):
 
 def test_key_none_means_no_drop_path_in_training(key):
     encoder = make_encoder(VIT, "carp", backbone_options={"drop_path": 0.8}, head_options=HEAD)
-    inputs = _inputs(key)
+    inputs = {"global": jnp.broadcast_to(_inputs(key)["global"][:1, :1], (2, 8, 8, 8, 3))}
     variables = jax.jit(encoder.init)(key, inputs)
     calm = jax.jit(lambda v, x: encoder.apply(v, x, True, None))(variables, inputs)[0]["backbone"]
     plain = jax.jit(lambda v, x: encoder.apply(v, x, False, None))(variables, inputs)[0]["backbone"]
     wild = jax.jit(lambda v, x, k: encoder.apply(v, x, True, k))(variables, inputs, key)[0]["backbone"]
     np.testing.assert_allclose(calm, plain, atol=1e-6)
-    # independent draws for the two sizes, and for views of one image
-    changed = jnp.abs(wild - plain).max((-1,)) > 1e-4
-    assert 0 < int(changed[:2].sum()) < changed[:2].size
-    assert not bool((changed[0] == changed[1]).all())
+    # images and views are equal, so that only the draws tell rows apart
+    np.testing.assert_allclose(plain[:2], jnp.broadcast_to(plain[:1, :1], (2, 8, 16)), atol=1e-5)
+    assert float(jnp.abs(wild[0] - wild[1]).max()) > 1e-3
+    assert float(jnp.abs(wild[0] - wild[0, :1]).max()) > 1e-3
 
 
 def test_unknown_names_get_the_nearest():

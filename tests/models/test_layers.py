@@ -98,7 +98,7 @@ def test_drop_path_keeps_the_expectation_row_by_row(key):
 def test_bad_names():
     with pytest.raises(ValueError, match="norm must be one of 'batch', 'group'; given 'layer'"):
         make_norm("layer")
-    with pytest.raises(ValueError, match="dtype must be one of .*; given 'int32'"):
+    with pytest.raises(ValueError, match=r"dtype must be one of .*; given 'int32'"):
         compute_dtype("int32")
     with pytest.raises(ValueError, match="given 'float12'"):
         compute_dtype("float12")

@@ -60,10 +60,10 @@ def test_vit_equals_transformers_at_native_and_other_sizes():
         np.testing.assert_allclose(features["tokens"], expected[part][:, 1:], **EXACT)
 
 
-def test_float32_network_agrees_with_the_float64_reference():
-    """The attention of float32 and bfloat16 networks is the library's, of float64 ours: both are the same function."""
+@pytest.mark.parametrize("attention", [None, "xla"])
+def test_float32_vit_agrees_with_the_float64_reference(attention):
     state, expected = reference.load("vit")
-    network = functional(ViT, **reference.VITS["vit"][0])
+    network = functional(ViT, **reference.VITS["vit"][0], attention=attention)
     variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), from_hf_vit(state))
     features, _ = jax.jit(network.apply)(variables, jnp.asarray(reference.images("vit")["native"], jnp.float32))
     # about 100 roundings of 6e-8 along the deepest path, values up to 4
@@ -102,7 +102,7 @@ def test_named_sizes_have_the_published_parameter_count(name):
 
 def test_conversion_names_what_is_missing_or_left_over():
     state, _ = reference.load("resnet_basic")
-    with pytest.raises(ValueError, match="tensors have no place in this network: extra.weight"):
+    with pytest.raises(ValueError, match=r"tensors have no place in this network: extra\.weight"):
         from_hf_resnet(state | {"extra.weight": np.zeros(2)})
     state.pop("embedder.embedder.convolution.weight")
     with pytest.raises(ValueError, match=r"no 'embedder\.embedder\.convolution\.weight'"):
@@ -114,7 +114,7 @@ def test_conversion_names_what_is_missing_or_left_over():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", (*reference.RESNETS, *reference.VITS))
+@pytest.mark.parametrize("name", [*reference.RESNETS, *reference.VITS])
 def test_stored_references_are_what_transformers_gives_today(name):
     computed = reference.compute(name)
     with np.load(reference.FOLDER / f"{name}.npz") as stored:

@@ -29,8 +29,9 @@ class BlockNetwork(nnx.Module):
 def test_a_zero_initialised_block_is_the_identity_on_what_relu_gives(kind, norm, key):
     x = jax.nn.relu(jax.random.normal(key, (3, 4, 4, 8)))
     zero, plain = (functional(BlockNetwork, kind, norm, zero_init) for zero_init in (True, False))
-    np.testing.assert_array_equal(zero.apply(zero.init(key), x, train=True)[0], x)
-    assert jnp.abs(plain.apply(plain.init(key), x, train=True)[0] - x).max() > 0.1
+    results = [jax.jit(lambda k, x, n=n: n.apply(n.init(k), x, train=True)[0])(key, x) for n in (zero, plain)]
+    np.testing.assert_array_equal(results[0], x)
+    assert jnp.abs(results[1] - x).max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -51,22 +52,23 @@ def test_shapes_of_options(network, features, resolution, key):
 
 
 def test_stems_reduce_resolution_as_they_say(key):
-    """The first block's input, seen through the statistics' count: read from the jaxpr's convolutions."""
     for stem, stride in (("imagenet", 4), ("cifar", 1)):
         network = functional(ResNet, (1,), widths=(4,), stem=stem)
-        jaxpr = jax.make_jaxpr(network.apply)(network.init(key), jnp.ones((1, 32, 32, 3)))
+        variables = jax.eval_shape(network.init, key)
+        jaxpr = jax.make_jaxpr(network.apply)(variables, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
         convolutions = [e for e in jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
         assert convolutions[-1].outvars[0].aval.shape == (1, 32 // stride, 32 // stride, 4)
 
 
 def test_gray_images_and_wrong_ones(key):
     network = functional(ResNet, (1,), widths=(4,), stem="cifar", channels=1)
-    variables = network.init(key)
-    assert network.apply(variables, jnp.ones((1, 4, 4, 1)))[0]["pooled"].shape == (1, 4)
+    variables = jax.eval_shape(network.init, key)
+    shapes = [jax.ShapeDtypeStruct((1, 4, 4, n), d) for n, d in ((1, jnp.float32), (3, jnp.float32), (1, jnp.uint8))]
+    assert jax.eval_shape(network.apply, variables, shapes[0])[0]["pooled"].shape == (1, 4)
     with pytest.raises(ValueError, match=r"images must be \[N,H,W,1\]; given shape \(1, 4, 4, 3\)"):
-        network.apply(variables, jnp.ones((1, 4, 4, 3)))
+        jax.eval_shape(network.apply, variables, shapes[1])
     with pytest.raises(TypeError, match="floating point, already normalised; given uint8"):
-        network.apply(variables, jnp.ones((1, 4, 4, 1), jnp.uint8))
+        jax.eval_shape(network.apply, variables, shapes[2])
 
 
 @pytest.mark.parametrize(
@@ -76,11 +78,14 @@ def test_gray_images_and_wrong_ones(key):
         ({"stem": "vgg"}, "stem must be one of 'imagenet', 'cifar'; given 'vgg'"),
         ({"norm": "layer"}, "norm must be one of 'batch', 'group'; given 'layer'"),
         ({"width": 0}, "must be positive; given 0"),
-        ({"widths": (8,)}, r"depths \(1, 1\) has more stages than widths \(8,\)"),
+        ({"widths": (8,)}, r"depths \(1, 1\) and widths \(8,\) must have one entry a stage"),
     ],
 )
 def test_bad_options(options, message, key):
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(functional(ResNet, (1, 1), **options).init, key)
-    with pytest.raises(ValueError, match="as many depths, widths and strides"):
+        jax.eval_shape(functional(ResNet, (1, 1), **({"widths": (4, 8)} | options)).init, key)
+
+
+def test_micro_needs_a_stride_a_stage(key):
+    with pytest.raises(ValueError, match=r"depths \(0, 1, 1\) and strides \(2,\) must have one entry a stage"):
         jax.eval_shape(functional(MicroResNet, strides=(2,)).init, key)
