@@ -94,10 +94,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 class Writer:
     """Appends records to metrics.jsonl, TensorBoard and (extra) W&B. Writes on the first process only."""
 
-    def __init__(self, workdir: Path, *, step: int = 0, tensorboard: bool = True, wandb: Any = None, main: bool = True):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        step: int | None = None,
+        tensorboard: bool = True,
+        wandb: Any = None,
+        main: bool = True,
+    ):
+        """step: that of the checkpoint that the run resumes from; None: a new run, whose file starts empty."""
         self.path = workdir / "metrics.jsonl"
         self.main = main
-        self.records = [r for r in read_records(self.path) if r["step"] < step or (r["step"] == step and step > 0)]
+        self.records = [] if step is None else [r for r in read_records(self.path) if r["step"] <= step]
         self._wandb = wandb
         self._board: Any = None
         if not main:
@@ -110,7 +119,7 @@ class Writer:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step or 0)
 
     def write(self, kind: str, step: int, **fields: Any) -> dict[str, Any]:
         """Append {'kind', 'step', **fields}; numbers below `metrics` also go to TensorBoard."""

@@ -178,7 +178,7 @@ def first_bad(state: TrainState, bad: Mapping[str, Any]) -> str | None:
 
 
 def compile_step(
-    recipe: Recipe, shardings: PyTree, batch_sharding: Any, stacked_sharding: Any, calls: int
+    recipe: Recipe, shardings: PyTree, replicated: Any, batch_sharding: Any, stacked_sharding: Any, calls: int
 ) -> tuple[Callable, Callable]:
     """(one, many): jitted step over one batch, and scanned over `calls` stacked batches. State and accumulator are
     donated: the old state's memory is the new one's."""
@@ -192,8 +192,8 @@ def compile_step(
     def jitted(function: Callable, batch: Any) -> Callable:
         return jax.jit(
             function,
-            in_shardings=(shardings, None, batch),
-            out_shardings=(shardings, None),
+            in_shardings=(shardings, replicated, batch),
+            out_shardings=(shardings, replicated),
             donate_argnums=(0, 1),
         )
 

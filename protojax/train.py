@@ -78,7 +78,8 @@ def make_session(recipe: Recipe, options: Options) -> Session:
     shapes = jax.eval_shape(lambda b: step_lib.init_state(recipe, b), example)
     shardings = parallel.state_shardings(mesh, shapes)
     rows, stacked = parallel.batch_sharding(mesh), parallel.batch_sharding(mesh, 1)
-    one, many = step_lib.compile_step(recipe, shardings, rows, stacked, options.run.steps_per_call)
+    everywhere = parallel.replicated(mesh)
+    one, many = step_lib.compile_step(recipe, shardings, everywhere, rows, stacked, options.run.steps_per_call)
     return Session(recipe, mesh, shapes, shardings, one, many, probing.make_forward(recipe, mesh), options)
 
 
@@ -172,7 +173,7 @@ def _run(session: Session, checkpoints: Checkpoints, stop: StopFlag) -> Result:
     first, state = found if found else (0, initial_state(session))
     main = jax.process_index() == 0
     writer = Writer(
-        options.workdir, step=first, tensorboard=options.run.tensorboard, wandb=options.wandb, main=main
+        options.workdir, step=first if found else None, tensorboard=options.run.tensorboard, wandb=options.wandb, main=main
     )
     try:
         return _train(session, checkpoints, writer, first, state, bool(found), stop)
@@ -217,7 +218,8 @@ class Loop:
         """Steps from `first` to the end, or to the step after a signal."""
         recipe, total = self.recipe, self.recipe.total_steps
         example = recipe.sources["train"].batch(0)
-        empty = jax.jit(functools.partial(step_lib.empty_accumulator, recipe, self.session.shapes, example))
+        make_empty = functools.partial(step_lib.empty_accumulator, recipe, self.session.shapes, example)
+        empty = jax.jit(make_empty, out_shardings=parallel.replicated(self.session.mesh))
         accumulator, waited, images, at = empty(), 0.0, 0, first
         calls = plan(first, total, self.logs | self.evals | self.saves, self.options.run.steps_per_call)
         batches = prefetch(calls, self._load, self.options.system.prefetch)

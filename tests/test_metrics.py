@@ -24,7 +24,7 @@ def test_plain_is_json_and_not_finite_is_null():
     assert json.loads(json.dumps(metrics.plain(value))) == {"a": 1.5, "2": [None, 3], "c": {"d": [0, 1]}}
 
 
-def writer(path: Path, step: int = 0) -> metrics.Writer:
+def writer(path: Path, step: int | None = None) -> metrics.Writer:
     return metrics.Writer(path, step=step, tensorboard=False)
 
 

@@ -205,8 +205,9 @@ def test_signals_save_and_stop_and_the_same_call_resumes(tmp_path: Path, number)
     stopped = train.run(recipe._replace(sources=sources), options)
     assert not stopped.finished
     assert stopped.step < 6
-    last = metrics.read_records(tmp_path / "metrics.jsonl")[-1]
-    assert last["event"] == "stop" or last["kind"] == "eval"
+    events = [r for r in metrics.read_records(tmp_path / "metrics.jsonl") if r["kind"] == "event"]
+    assert [(r["event"], r["step"]) for r in events] == [("stop", stopped.step)]
+    assert signal.Signals(number).name in events[0]["text"]
     whole = run(config, tmp_path / "whole")
     assert_same(run(config, tmp_path).state, whole.state)
 
@@ -215,57 +216,49 @@ def test_signals_save_and_stop_and_the_same_call_resumes(tmp_path: Path, number)
 MESHES = [(1, 1), (2, 2), (4, 1), (1, 4)]
 
 
-def on_mesh(config, data, proto, steps=5):
-    """(gradient and estimator after one step from the same state, first losses) on a mesh of data x proto devices."""
-    recipe = experiment.build(config)
+def steps_on_mesh(recipe, state, data, proto, steps=5):
+    """(gradient and estimator after one step from `state`, first losses) on a mesh of data x proto devices."""
     mesh = parallel.make_mesh(data, proto, devices=jax.devices()[: data * proto])
-    shapes = jax.eval_shape(lambda b: step_lib.init_state(recipe, b), recipe.sources["train"].batch(0))
-    shardings = parallel.state_shardings(mesh, shapes)
-    batch = parallel.to_device(mesh, recipe.sources["train"].batch(0))
-    state = jax.jit(lambda b: step_lib.init_state(recipe, b), out_shardings=shardings)(batch)
-    rows = jax.jit(lambda s, b: step_lib.warm_up(recipe, s, b, jnp.int32(0))[1])(state, batch)
-    if recipe.estimator.start_rows:
-        rows = {k: jnp.tile(v, (8,) + (1,) * (v.ndim - 1))[: recipe.estimator.start_rows] for k, v in rows.items()}
-        noise = jax.random.normal(jax.random.key(5), rows["features"].shape)
-        rows["features"] = rows["features"] + 0.3 * noise
-        state = jax.jit(lambda s, r: step_lib.start(recipe, s, r), out_shardings=shardings)(state, rows)
-    one, _ = step_lib.compile_step(recipe, shardings, parallel.batch_sharding(mesh), parallel.batch_sharding(mesh, 1), 1)
-    gradient = jax.jit(lambda s, b: gradient_of(recipe, s, b))(state, batch)
-    accumulator = step_lib.empty_accumulator(recipe, shapes, recipe.sources["train"].batch(0))
-    losses, first = [], None
-    for i in range(steps):
-        batch = parallel.to_device(mesh, recipe.sources["train"].batch(i))
-        state, accumulator = one(state, accumulator, batch)
-        total = float(accumulator["numbers"]["loss/total"][0])
-        losses.append(total - sum(losses))
-        first = leaves(state.estimator) if first is None else first
-    return leaves(gradient), first, losses
-
-
-def gradient_of(recipe, state, batch):
+    shardings = parallel.state_shardings(mesh, state)
     seen = {}
-    optimizer = recipe.optimizer
 
     def update(gradient, opt, params):
         seen["gradient"] = gradient
-        return optimizer.update(gradient, opt, params)
+        return recipe.optimizer.update(gradient, opt, params)
 
-    step_lib.step(recipe._replace(optimizer=optimizer._replace(update=update)), state, batch)
-    return seen["gradient"]
+    spying = recipe._replace(optimizer=recipe.optimizer._replace(update=update))
+
+    def one(state, batch):
+        new, numbers, _ = step_lib.step(spying, state, batch)
+        return new, numbers["loss/total"][0], seen["gradient"]
+
+    rows, all_ = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+    one = jax.jit(one, in_shardings=(shardings, rows), out_shardings=(shardings, all_, all_))
+    state, losses, first = jax.device_put(state, shardings), [], None
+    for i in range(steps):
+        state, loss, gradient = one(state, parallel.to_device(mesh, recipe.sources["train"].batch(i)))
+        losses.append(float(loss))
+        first = first or (leaves(gradient), leaves(state.estimator))
+    return *first, losses
 
 
-@pytest.mark.parametrize("arm", ["decoupled", "joint"])
+@pytest.mark.parametrize("arm", ["decoupled", pytest.param("joint", marks=pytest.mark.slow)])
 def test_every_mesh_gives_the_same_gradients_statistics_and_losses(arm):
     config = toy_config(arm)
-    gradient, estimator, losses = on_mesh(config, 1, 1)
+    session = train.make_session(experiment.build(config), toy_options(config, Path(".")))
+    state = parallel.to_host(train.initial_state(session))
+    gradient, estimator, losses = steps_on_mesh(session.recipe, state, 1, 1)
     scale = max(np.abs(g).max() for g in gradient.values())
+    assert scale > 0
     for data, proto in MESHES[1:]:
-        other, other_estimator, other_losses = on_mesh(config, data, proto)
+        other, other_estimator, other_losses = steps_on_mesh(session.recipe, state, data, proto)
+        # Sums of up to 1e4 float32 terms in another order: 1e4 * 2^-24 = 6e-4 of the largest.
         for name, value in gradient.items():
-            # Sums of some 1e4 float32 terms in another order: 1e4 * 2^-24 relative to the largest gradient.
-            assert np.allclose(value, other[name], atol=6e-4 * scale, rtol=0), (data, proto, name)
+            assert np.abs(value - other[name]).max() <= 6e-4 * scale, (data, proto, name)
         for name, value in estimator.items():
-            assert np.allclose(value, other_estimator[name], atol=6e-4 * max(1.0, np.abs(value).max())), (data, proto, name)
+            bound = 6e-4 * max(1.0, np.abs(value).max())
+            assert np.abs(value - other_estimator[name]).max() <= bound, (data, proto, name)
+        # Five steps of Adam amplify the rounding of the gradient by its division at tiny second moments.
         assert np.allclose(losses, other_losses, rtol=2e-3), (data, proto)
 
 

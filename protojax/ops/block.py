@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from protojax.ops.checks import accumulation_dtype, floating, positive, product_dtype
-from protojax.ops.kernels import block_kernels, block_path
+from protojax.ops.kernels import block_kernels, block_path, current_engine
 
 Array = jax.Array
 
@@ -27,6 +27,7 @@ class _Setting(NamedTuple):
     operand: Any
     total: Any
     path: str = "scan"
+    engine: Any = None
 
     @property
     def pallas(self) -> dict[str, Any]:
@@ -94,16 +95,12 @@ def block_consistency(
     weight = mask.astype(total)
     share = weight / jnp.maximum(jnp.sum(weight), jnp.asarray(jnp.finfo(total).tiny, total))
     sharpness = [1.0 / jnp.asarray(t, total) for t in (student_temperature, teacher_temperature)]
-    padding = -rows % chunk
-    if padding:
-        student, teacher = (jnp.pad(a, ((0, 0), (0, padding), (0, 0))) for a in (student, teacher))
-        share = jnp.pad(share, (0, padding))
     sides = (
         _Side(student, *prediction, sharpness[0]),
         _Side(teacher, *target, sharpness[1]),
     )
     path = block_path(rows, block, student.shape[2], operand, total)
-    setting = _Setting(block, chunk, eps, operand.name, total.name, path)
+    setting = _Setting(block, chunk, eps, operand.name, total.name, path, current_engine())
     return _block_losses(*sides, share, permutation.reshape(-1, block), setting)
 
 
@@ -157,92 +154,124 @@ def _block_of(side: _Side, picked: Array) -> _Side:
 
 
 # ------------------------------------------------------------------------------------------------- all of them
-def _sweep(student: _Side, teacher: _Side, share: Array, blocks: Array, setting: _Setting):
-    """((consistency, regulariser), column sums [K/block, block])."""
-    total, chunks = jnp.dtype(setting.total), share.shape[0] // setting.chunk
-    views = student.views.shape[0] + teacher.views.shape[0]
-    pairs = len(_pairs(student, teacher))
+def _sums(student: _Side, teacher: _Side, share: Array, blocks: Array, setting: _Setting) -> tuple[Array, Array]:
+    """(sum of -share ln <p, q> over blocks, rows and pairs, column sums [K/block, block]); sums over rows."""
     if setting.path != "scan":
-        consistency, columns = block_kernels().forward(student, teacher, share, blocks, **setting.pallas)
-        regulariser = jnp.mean(jax.vmap(lambda sums: _regulariser(sums, views, setting))(columns))
-        return (consistency / (pairs * blocks.shape[0]), regulariser), columns
+        return block_kernels().forward(student, teacher, share, blocks, **setting.pallas)
+    total = jnp.dtype(setting.total)
+    student, teacher, share, size = _padded(student, teacher, share, setting)
 
-    def one_block(sums, picked):
+    def one_block(consistency, picked):
         ours, theirs = _block_of(student, picked), _block_of(teacher, picked)
 
         def one_chunk(carry, index):
-            part = lax.dynamic_slice_in_dim(share, index * setting.chunk, setting.chunk)
-            rows = [_rows_of(side, index, setting.chunk) for side in (ours, theirs)]
+            part = lax.dynamic_slice_in_dim(share, index * size, size)
+            rows = [_rows_of(side, index, size) for side in (ours, theirs)]
             losses = _chunk_losses(rows[0], rows[1], part, setting)
             return (carry[0] + losses[0], carry[1] + losses[1]), None
 
-        start = (jnp.zeros((), total), jnp.zeros((setting.block,), total))
-        (consistency, columns), _ = lax.scan(one_chunk, start, jnp.arange(chunks))
-        regulariser = _regulariser(columns, views, setting)
-        return (sums[0] + consistency, sums[1] + regulariser), columns
+        start = (consistency, jnp.zeros((setting.block,), total))
+        return lax.scan(one_chunk, start, jnp.arange(share.shape[0] // size))[0]
 
-    zero = jnp.zeros((), total)
-    (consistency, regulariser), columns = lax.scan(one_block, (zero, zero), blocks)
-    return (consistency / (pairs * blocks.shape[0]), regulariser / blocks.shape[0]), columns
+    return lax.scan(one_block, jnp.zeros((), total), blocks)
+
+
+def _bars(
+    student: _Side,
+    teacher: _Side,
+    share: Array,
+    blocks: Array,
+    consistency_bar: Array,
+    slopes: Array,
+    names: tuple[str, ...],
+    setting: _Setting,
+) -> dict[str, Array]:
+    """Cotangents of the student's arrays `names`, from those of the two results of `_sums`.
+
+    Block by block, chunk by chunk: the chunk's losses are rebuilt and differentiated, and their probabilities dropped.
+    `names` holds the prototypes only where they take a gradient (not when decoupled)."""
+    if setting.path != "scan" and names == ("views",):
+        arguments = (student, teacher, share, blocks, consistency_bar, slopes)
+        return {"views": block_kernels().backward(*arguments, **setting.pallas)}
+    total, length = jnp.dtype(setting.total), share.shape[0]
+    student, teacher, share, size = _padded(student, teacher, share, setting)
+    tables = [name for name in ("prototypes", "bias") if name in names]
+
+    def one_block(carry, part):
+        picked, slope = part
+        ours, theirs = _block_of(student, picked), _block_of(teacher, picked)
+
+        def one_chunk(bars, index):
+            mass = lax.dynamic_slice_in_dim(share, index * size, size)
+            rows, other = (_rows_of(side, index, size) for side in (ours, theirs))
+
+            def losses(live):
+                return _chunk_losses(rows._replace(**live), other, mass, setting)
+
+            _, pull = jax.vjp(losses, {name: getattr(rows, name) for name in bars})
+            found = {name: bar.astype(total) for name, bar in pull((consistency_bar, slope))[0].items()}
+            at = (0, index * size, 0)
+            old = lax.dynamic_slice(bars["views"], at, found["views"].shape)
+            added = {name: bars[name] + found[name] for name in bars if name != "views"}
+            return added | {"views": lax.dynamic_update_slice(bars["views"], old + found["views"], at)}, None
+
+        blank = {name: jnp.zeros(getattr(ours, name).shape, total) for name in tables}
+        bars, _ = lax.scan(one_chunk, carry | blank, jnp.arange(share.shape[0] // size))
+        return bars | {name: carry[name].at[picked].set(bars[name], unique_indices=True) for name in tables}, None
+
+    start = {name: jnp.zeros(getattr(student, name).shape, total) for name in names}
+    bars, _ = lax.scan(one_block, start, (blocks, slopes))
+    return bars | {"views": bars["views"][:, :length]}
+
+
+def _padded(student: _Side, teacher: _Side, share: Array, setting: _Setting) -> tuple[_Side, _Side, Array, int]:
+    """Rows up to whole chunks (share 0 there), and the rows a chunk."""
+    size = max(1, min(setting.chunk, share.shape[0]))
+    more = -share.shape[0] % size
+    if more:
+        widths = ((0, 0), (0, more), (0, 0))
+        student, teacher = (side._replace(views=jnp.pad(side.views, widths)) for side in (student, teacher))
+        share = jnp.pad(share, (0, more))
+    return student, teacher, share, size
+
+
+def _losses(student: _Side, teacher: _Side, share: Array, blocks: Array, setting: _Setting):
+    """((consistency, regulariser), column sums)."""
+    views, pairs = student.views.shape[0] + teacher.views.shape[0], len(_pairs(student, teacher))
+    if setting.engine is None:
+        consistency, columns = _sums(student, teacher, share, blocks, setting)
+    else:
+        alone = partial(_sums, setting=setting._replace(engine=None))
+        consistency, columns = setting.engine.block_sums(alone, student, teacher, share, blocks)
+    regulariser = jnp.mean(jax.vmap(lambda sums: _regulariser(sums, views, setting))(columns))
+    return (consistency / (pairs * blocks.shape[0]), regulariser), columns
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _block_losses(student: _Side, teacher: _Side, share: Array, blocks: Array, setting: _Setting):
-    return _sweep(student, teacher, share, blocks, setting)[0]
+    return _losses(student, teacher, share, blocks, setting)[0]
 
 
 def _forward(student, teacher, share, blocks, setting):
-    others = (student.prototypes, student.bias, student.sharpness)
-    wanted = () if any(array.perturbed for array in others) else None
+    # The structure of the residuals tells the backward pass what to differentiate.
+    wanted = {name: None for name in ("prototypes", "bias", "sharpness") if getattr(student, name).perturbed}
     student, teacher, share, blocks = jax.tree.map(lambda a: a.value, (student, teacher, share, blocks))
-    losses, columns = _sweep(student, teacher, share, blocks, setting)
+    losses, columns = _losses(student, teacher, share, blocks, setting)
     return losses, (student, teacher, share, blocks, columns, wanted)
 
 
 def _backward(setting, residuals, cotangents):
-    """Block by block, chunk by chunk: the chunk's losses are rebuilt and differentiated, and their probabilities
-    dropped. `wanted` is None where the prototypes take no gradient (decoupled)."""
     student, teacher, share, blocks, columns, wanted = residuals
-    total, chunks = jnp.dtype(setting.total), share.shape[0] // setting.chunk
     views = student.views.shape[0] + teacher.views.shape[0]
     consistency_bar, regulariser_bar = (
         jnp.zeros(bar.shape, bar.dtype) if isinstance(bar, SymbolicZero) else bar for bar in cotangents
     )
     consistency_bar = consistency_bar / (len(_pairs(student, teacher)) * blocks.shape[0])
     regulariser_bar = regulariser_bar / blocks.shape[0]
-    if wanted is None and setting.path != "scan":
-        slopes = jax.vmap(lambda sums: regulariser_bar * jax.grad(_regulariser)(sums, views, setting))(columns)
-        found = block_kernels().backward(student, teacher, share, blocks, consistency_bar, slopes, **setting.pallas)
-        return _Side(found.astype(student.views.dtype), None, None, None), None, None, None
-
-    rest = () if wanted is None else ("prototypes", "bias", "sharpness")
-    tables = rest[:2]
-
-    def one_block(carry, part):
-        picked, sums = part
-        ours, theirs = _block_of(student, picked), _block_of(teacher, picked)
-        columns_bar = regulariser_bar * jax.grad(_regulariser)(sums, views, setting)
-
-        def one_chunk(bars, index):
-            mass = lax.dynamic_slice_in_dim(share, index * setting.chunk, setting.chunk)
-            rows, other = (_rows_of(side, index, setting.chunk) for side in (ours, theirs))
-
-            def losses(live):
-                return _chunk_losses(rows._replace(**live), other, mass, setting)
-
-            _, pull = jax.vjp(losses, {name: getattr(rows, name) for name in bars})
-            found = {name: bar.astype(total) for name, bar in pull((consistency_bar, columns_bar))[0].items()}
-            at = (0, index * setting.chunk, 0)
-            old = lax.dynamic_slice(bars["views"], at, found["views"].shape)
-            added = {name: bars[name] + found[name] for name in bars if name != "views"}
-            return added | {"views": lax.dynamic_update_slice(bars["views"], old + found["views"], at)}, None
-
-        blank = {name: jnp.zeros(getattr(ours, name).shape, total) for name in tables}
-        bars, _ = lax.scan(one_chunk, carry | blank, jnp.arange(chunks))
-        return bars | {name: carry[name].at[picked].set(bars[name], unique_indices=True) for name in tables}, None
-
-    start = {name: jnp.zeros(getattr(student, name).shape, total) for name in ("views", *rest)}
-    bars, _ = lax.scan(one_block, start, (blocks, columns))
+    slopes = jax.vmap(lambda sums: regulariser_bar * jax.grad(_regulariser)(sums, views, setting))(columns)
+    alone = partial(_bars, names=("views", *wanted), setting=setting._replace(engine=None))
+    arguments = (student, teacher, share, blocks, consistency_bar, slopes)
+    bars = alone(*arguments) if setting.engine is None else setting.engine.block_bars(alone, *arguments)
     found = {name: bar.astype(getattr(student, name).dtype) for name, bar in bars.items()}
     return _Side(*(found.get(name) for name in _Side._fields)), None, None, None
 

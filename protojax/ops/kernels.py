@@ -4,8 +4,10 @@
 operation then hands its options here. The portable path is the default on CPU, the reference of every kernel, and what
 is left when a kernel's module does not import under the installed JAX or its sizes do not pay.
 
-Kernels cannot be partitioned by the compiler: with several devices they run inside `jax.shard_map` only
-(`parallel_engine`), and elsewhere the portable path does.
+Kernels cannot be partitioned by the compiler: with several devices they run inside `jax.shard_map` only, and elsewhere
+the portable path does. Splitting over devices happens here too, below the differentiation rules and so without any of
+its own: an `Engine` (made by `parallel_engine`, which knows the mesh; nothing in `ops` names an axis) takes a sweep,
+cuts its arrays and runs the sweep of one device on each.
 
 Tests and benchmarks name a path themselves: `with kernels.using("pallas_tpu_interpret"): ...`, around the *tracing*
 of a function; the environment variable PROTOJAX_KERNELS does the same for a process.
@@ -21,7 +23,7 @@ import logging
 import os
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +37,27 @@ from protojax.ops.sweeps import Prepare, Tiling
 Array = jax.Array
 logger = logging.getLogger(__name__)
 
+
+class Engine(Protocol):
+    """Runs a sweep split over devices; hashable. Its methods take the arguments of the functions below."""
+
+    @property
+    def devices(self) -> int: ...
+
+    def row_sweep(self, queries, prototypes, bias, values, weights, options): ...
+
+    def column_sweep(self, queries, prototypes, bias, lse, rows, prepare, options): ...
+
+    def block_sums(self, function, student, teacher, share, blocks): ...
+
+    def block_bars(self, function, student, teacher, share, blocks, consistency_bar, slopes): ...
+
+    def replicated(self, array): ...
+
+
 PATHS = ("scan", "pallas_tpu", "pallas_tpu_interpret", "mosaic_gpu", "mosaic_gpu_interpret")
 _MODULES = {"pallas_tpu": "protojax.ops.pallas_tpu", "mosaic_gpu": "protojax.ops.mosaic_gpu"}
+_engine: contextvars.ContextVar[Any] = contextvars.ContextVar("protojax_engine", default=None)
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("protojax_kernel_path", default=None)
 
 
@@ -54,6 +75,16 @@ def using(path: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+@contextlib.contextmanager
+def split_by(engine: Engine | None) -> Iterator[None]:
+    """Every operation traced inside is split over devices by `engine` (None: by the compiler)."""
+    token = _engine.set(engine)
+    try:
+        yield
+    finally:
+        _engine.reset(token)
 
 
 @functools.cache
@@ -81,6 +112,8 @@ def _hopper() -> bool:
 def _partitioned() -> bool:
     """Whether the compiler, not `shard_map`, may have to split the call over devices."""
     mesh = jax.sharding.get_abstract_mesh()
+    if _engine.get() is not None:
+        return False
     if mesh.empty:
         return jax.device_count() > 1
     return any(kind != AxisType.Manual for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if size > 1)
@@ -124,9 +157,22 @@ def plan(
     )
     operand = product_dtype(matmul_dtype, queries, prototypes)
     total = accumulation_dtype(queries, prototypes, bias)
-    path, reason = choose(queries.shape[0], prototypes.shape[0], prototypes.shape[1], operand, total)
+    engine = current_engine()
+    rows = queries.shape[0] // (1 if engine is None else engine.devices)
+    path, reason = choose(rows, prototypes.shape[0], prototypes.shape[1], operand, total)
     _log_once(path, reason)
-    return options._replace(path=path)
+    return options._replace(path=path, engine=engine)
+
+
+def current_engine() -> Any:
+    """The engine of the enclosing `split_by`, or None."""
+    return _engine.get()
+
+
+def replicated(array: Array) -> Array:
+    """`array` on every device, where an engine splits the work: gathered once instead of in every iteration."""
+    engine = current_engine()
+    return array if engine is None else engine.replicated(array)
 
 
 def block_path(rows: int, block: int, width: int, operand: Any, total: Any) -> str:
@@ -140,18 +186,20 @@ def block_path(rows: int, block: int, width: int, operand: Any, total: Any) -> s
 
 def streams_rows(options: Tiling) -> bool:
     """Whether a caller may take a sweep apart into chunks of rows itself (the portable path)."""
-    return options.path == "scan"
+    return options.path == "scan" and options.engine is None
 
 
 def completes_rows(options: Tiling) -> bool:
     """Whether complete rows of logits are the better way to gather statistics: on a CPU."""
-    return options.path == "scan" and jax.default_backend() == "cpu"
+    return streams_rows(options) and jax.default_backend() == "cpu"
 
 
 def row_sweep(
     queries: Array, prototypes: Array, bias: Array, values: Array | None, weights: Array | None, options: Tiling
 ) -> tuple[Array, Any, Any]:
-    """`sweeps.row_sweep` by the path of `options`."""
+    """`sweeps.row_sweep` by the engine and the path of `options`."""
+    if options.engine is not None:
+        return options.engine.row_sweep(queries, prototypes, bias, values, weights, options)
     kernels = _kernels(options.path)
     if kernels is None:
         return sweeps.row_sweep(queries, prototypes, bias, values, weights, options)
@@ -162,7 +210,9 @@ def row_sweep(
 def column_sweep(
     queries: Array, prototypes: Array, bias: Array, lse: Array, rows: Any, prepare: Prepare, options: Tiling
 ) -> tuple[Array, Array]:
-    """`sweeps.column_sweep` by the path of `options`."""
+    """`sweeps.column_sweep` by the engine and the path of `options`."""
+    if options.engine is not None:
+        return options.engine.column_sweep(queries, prototypes, bias, lse, rows, prepare, options)
     kernels = _kernels(options.path)
     if kernels is None:
         return sweeps.column_sweep(queries, prototypes, bias, lse, rows, prepare, options)

@@ -31,13 +31,16 @@ Prepare = Callable[[Array, Any], tuple[Array, Array, Array]]
 
 class Tiling(NamedTuple):
     """Static options of a sweep. tile: prototypes a block; row_tile: rows a block; matmul_dtype: dtype of the operands
-    of matrix products (accumulation is always float32 or float64), None for that of the arguments; path: which program
-    runs it (see `kernels`)."""
+    of matrix products (accumulation is always float32 or float64), None for that of the arguments; path and engine:
+    which program runs it and who splits it over devices (see `kernels`); keys_split: the keys, not the rows, are many
+    and spread over devices."""
 
     tile: int = 2048
     row_tile: int | None = None
     matmul_dtype: Any = None
     path: str = "scan"
+    engine: Any = None
+    keys_split: bool = False
 
 
 def row_tile_of(options: Tiling, rows: int) -> int:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
 from protojax.ops.checks import accumulation_dtype, floating, logit_arguments
-from protojax.ops.lse import lse
+from protojax.ops.kernels import plan, replicated, row_sweep
 
 Array = jax.Array
 
@@ -61,12 +59,15 @@ def balanced_potentials(
     log_prior, start = log_prior.astype(total), start.astype(total)
     number = jnp.sum(kept.astype(total))
     log_number = jnp.log(jnp.maximum(number, jnp.ones((), total)))
-    options: dict[str, Any] = {"tile": tile, "row_tile": row_tile, "matmul_dtype": matmul_dtype}
+    # Split over devices, the rows stay where they are and the column sweep adds partial sums: K numbers, never rows.
+    options = plan(rows, prototypes, start, tile, row_tile, matmul_dtype)
+    by_column = options._replace(keys_split=True)
+    prototypes = replicated(prototypes)
 
     def iteration(_, current):
-        excess = lse(rows, prototypes, current, **options)
+        excess = row_sweep(rows, prototypes, current, None, None, options)[0]
         bias = jnp.where(kept, -excess, jnp.full((), -jnp.inf, total))
-        return log_prior + log_number - lse(prototypes, rows, bias, **options)
+        return log_prior + log_number - row_sweep(prototypes, rows, bias, None, None, by_column)[0]
 
     if features.shape[0] == 0:
         return start
