@@ -15,7 +15,7 @@ from protojax import arms, experiment
 from protojax.config import component, defaults, parse_argument
 
 BATCH, EPOCHS, PROTOTYPES = 1024, 100, 65_536
-BACKBONES = ("vit_ti16", "vit_s16", "vit_b16")
+BACKBONES = {"vit_ti16": "vit_ti", "vit_s16": "vit_s", "vit_b16": "vit_b"}
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -26,7 +26,7 @@ def get_config(argument: str = "") -> ConfigDict:
     c.data.test_split = "val" if "2021" in flags or "folder" in flags else "validation"
     year = "2021" if "2021" in flags else "2018"
     c.data.source = component("image_folder", canvas=256) if "folder" in flags else component(
-        f"tfds:i_naturalist{year}", size=256
+        f"tfds:i_naturalist{year}", canvas=256
     )  # fmt: skip
     c.method.epochs = float(EPOCHS)
     c.method.dtype = "bfloat16"
@@ -39,10 +39,10 @@ def get_config(argument: str = "") -> ConfigDict:
     c.method.teacher.start = 0.99
     c.run.log_every = 50
     c.run.checkpoint_every = 0.01
-    for name in BACKBONES:
-        if name in flags:
-            c.name += f"_{name}"
-            c.method.backbone = component(name)
+    for flag, name in BACKBONES.items():
+        if flag in flags:
+            c.name += f"_{flag}"
+            c.method.backbone = component(name, patch_size=16)
             c.method.optim = component("adamw", peak_lr=5e-4 * BATCH / 256, weight_decay=0.05, clip_norm=3.0)
             c.method.teacher.start = 0.996
     arms.apply(c, arm)

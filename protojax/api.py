@@ -61,11 +61,11 @@ class Encoder(NamedTuple):
     init(key, inputs) -> {'params': tree, 'stats': tree} (stats: batch-norm running moments, possibly empty).
     apply(variables, inputs, train, key) -> (embeddings, stats): embeddings has fixed names and shapes: `image
     [V,B,D]` what the objective sees, `backbone [V,B,F]` what evaluations see; tokens, text likewise for other
-    workloads. With train=False stats is returned unchanged.
+    workloads. With train=False stats is returned unchanged. key=None: nothing random (no drop path) in training mode.
     """
 
     init: Callable[[Key, PyTree], PyTree]
-    apply: Callable[[PyTree, PyTree, bool, Key], tuple[dict[str, Array], PyTree]]
+    apply: Callable[[PyTree, PyTree, bool, Key | None], tuple[dict[str, Array], PyTree]]
 
 
 # ------------------------------------------------------------------------------------------------- estimator
@@ -132,13 +132,13 @@ class FeatureBank(NamedTuple):
     """Features of one split, one centre view an image, padding removed, in split order.
 
     backbone [M,F] float32 (evaluations); image [M,D] float32 (the space prototypes live in); labels: label key ->
-    int64 [M]; index int64 [M]; other embeddings by name in `extra`.
+    int64 [M]; positions int64 [M]: where in the split; other embeddings by name in `extra`.
     """
 
     backbone: np.ndarray
     image: np.ndarray
     labels: Mapping[str, np.ndarray]
-    index: np.ndarray
+    positions: np.ndarray
     extra: Mapping[str, np.ndarray]
 
 
@@ -155,7 +155,7 @@ class Probe(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """name and run(probe, key) -> nested dict of plain numbers (ready for JSON): the same in training and afterwards."""
+    """name; run(probe, key) -> nested dict of plain numbers (ready for JSON): the same in training and afterwards."""
 
     name: str
     run: Callable[[Probe, Key], dict[str, Any]]

@@ -12,7 +12,7 @@ from pathlib import Path
 from protojax import __version__
 
 # What a user's input can cause: shown as one line. Anything else is a bug in protojax and shows its traceback.
-USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, AttributeError, KeyError)
+USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError)
 
 
 def guarded(function: Callable[[], int]) -> int:
@@ -22,7 +22,7 @@ def guarded(function: Callable[[], int]) -> int:
     except USER_ERRORS as error:
         if os.environ.get("PROTOJAX_TRACEBACK"):
             traceback.print_exc()
-        print(f"protojax: error: {error}", file=sys.stderr)
+        print(f"protojax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -65,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
 def _eval(options: argparse.Namespace) -> int:
     import json
 
-    from protojax import loading, metrics
+    from protojax import loading, metrics, running
 
+    running.prepare(loading.read_config(options.workdir))
     numbers = metrics.plain(loading.evaluate(options.workdir, options.step))
     print(json.dumps(numbers, indent=None if options.json else 1))
     return 0

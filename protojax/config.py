@@ -181,7 +181,9 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def check_options(what: str, name: str, table: Mapping[str, Callable], options: Mapping[str, Any], given: Iterable[str]):
+def check_options(
+    what: str, name: str, table: Mapping[str, Callable], options: Mapping[str, Any], given: Iterable[str]
+):
     """The function behind a component, after its options were checked against the function's signature.
 
     `given` are arguments that the caller supplies itself. Raises ValueError for an unknown name or option (with a
@@ -317,7 +319,9 @@ def _check_like(what: str, value: Any, default: Any) -> None:
     if kind is int and isinstance(value, bool):
         ok = False
     if not ok:
-        raise TypeError(f"{what}: expected {kind.__name__} (default {default!r}), got {type(value).__name__} {value!r}.")
+        raise TypeError(
+            f"{what}: expected {kind.__name__} (default {default!r}), got {type(value).__name__} {value!r}."
+        )
 
 
 def _validate(c: Config) -> None:

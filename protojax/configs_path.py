@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+
+import ml_collections
 
 from protojax.config import suggest
 
@@ -28,6 +31,35 @@ def find(name: str) -> Path:
     raise FileNotFoundError(f"no config file {name!r}{suggest(short, known)}. Installed: {known}.")
 
 
+def load(value: str) -> ml_collections.ConfigDict:
+    """What `get_config` of FILE[:ARGUMENT] returns. Raises FileNotFoundError, and what the file raises."""
+    name, colon, argument = value.partition(":")
+    path = find(name)
+    spec = importlib.util.spec_from_file_location(f"protojax_config_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no function get_config(argument=''): is it a config file?")
+    return module.get_config(argument) if colon else module.get_config()
+
+
+def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """(value of --config or None, the other arguments). The last one counts. Raises ValueError without a value."""
+    value, rest, left = None, [], iter(resolve_arguments(arguments))
+    for argument in left:
+        if argument in ("--config", "-config"):
+            value = next(left, "")
+        elif argument.startswith(("--config=", "-config=")):
+            value = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    if value == "":
+        raise ValueError("--config needs a value: the name or path of a config file, with :ARM,FLAG if you like.")
+    return value, rest
+
+
 def resolve_arguments(arguments: list[str]) -> list[str]:
     """`--config=NAME:ARG` and `--config NAME:ARG` with NAME replaced by the file that it means."""
     out, follows = [], False
@@ -45,4 +77,6 @@ def resolve_arguments(arguments: list[str]) -> list[str]:
 
 def _resolve(value: str) -> str:
     name, colon, argument = value.partition(":")
+    if not name:
+        return value
     return f"{find(name)}{colon}{argument}"

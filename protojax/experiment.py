@@ -6,10 +6,9 @@ the defaults of every component into a ConfigDict, so that the command line can 
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,16 +49,25 @@ def multicrop(
     """Two global and `local_count` local views with every knob free; the defaults are CARP's."""
     shared: dict[str, Any] = {
         "jitter": tuple(jitter), "jitter_probability": jitter_probability, "grey_probability": grey_probability,
-        "flip": flip, "blur_sigma": tuple(blur_sigma),
+        "flip": flip, "blur_sigma": _pair(blur_sigma),
     }  # fmt: skip
     large = views.ViewSpec(
-        global_size, 2, tuple(global_scale), blur_probability=tuple(blur_probability),
+        global_size, 2, _pair(global_scale), blur_probability=tuple(blur_probability),
         solarise_probability=tuple(solarise_probability), **shared,
     )  # fmt: skip
     if local_count == 0:
         return large, None
-    small = views.ViewSpec(local_size, local_count, tuple(local_scale), blur_probability=local_blur_probability, **shared)
+    small = views.ViewSpec(
+        local_size, local_count, _pair(local_scale), blur_probability=local_blur_probability, **shared
+    )
     return large, small
+
+
+def _pair(values: tuple[float, ...]) -> tuple[float, float]:
+    """(low, high) of a config's tuple; ViewSpec checks the order. Raises ValueError for another length."""
+    if len(values) != 2:
+        raise ValueError(f"views: expected a range (low, high), got {values!r}.")
+    return values[0], values[1]
 
 
 VIEWS: dict[str, Callable[..., tuple[views.ViewSpec, views.ViewSpec | None]]] = {
@@ -82,13 +90,19 @@ def fill(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The ConfigDict with all options of its components at their defaults, locked against new keys."""
     method, data = cfg.method, cfg.data
     for name, table in (
-        ("backbone", BACKBONES), ("head", HEADS), ("estimator", ESTIMATORS), ("views", VIEWS), ("optim", optim.OPTIMIZERS),
+        ("backbone", BACKBONES), ("head", HEADS), ("estimator", ESTIMATORS), ("views", VIEWS),
+        ("optim", optim.OPTIMIZERS),
     ):  # fmt: skip
         method[name] = _filled(table, method[name])
     method.objective = ml_collections.ConfigDict(
-        {k: {"weight": 1.0, **_filled(OBJECTIVES, {**v, "name": v.get("name", k)})} for k, v in method.objective.items()}
+        {
+            k: {"weight": 1.0, **_filled(OBJECTIVES, {**v, "name": v.get("name", k)})}
+            for k, v in method.objective.items()
+        }
     )
     data.source = _filled({data.source.name: registry._opener(data.source.name)[0]}, data.source)
+    if data.source.name in registry._NEEDS_ROOT:  # a user's files may come in one piece: docs/data.md
+        data.source = ml_collections.ConfigDict({"holdout_fraction": 0.0, "holdout_seed": 0, **data.source})
     cfg.lock()
     return cfg
 
@@ -157,9 +171,10 @@ def sources(config: Config) -> dict[str, Source]:
     counts = class_counts(train)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     size = config.evals.batch_size
-    ordered = functools.partial(
-        sampler.make_source, batch_size=size, shuffle=False, remainder="pad", counts=counts, **process
-    )
+
+    def ordered(split: Records) -> Source:
+        return sampler.make_source(split, batch_size=size, shuffle=False, remainder="pad", counts=counts, **process)
+
     return {
         "train": sampler.make_source(
             train, batch_size=config.data.batch_size, seed=config.seed, shuffle=True, remainder="wrap", **process
@@ -188,6 +203,7 @@ def build_prototypes(config: Config) -> Recipe:
     for name, part in method.objective.items():
         timed = {"total_steps": steps} if "total_steps" in options_of(OBJECTIVES.get(part.name, _evaluations)) else {}
         terms[name] = (part.options.get("weight", 1.0), _part("objective", part, OBJECTIVES, **timed))
+        _check_block(name, part, method.estimator)
     objective: Objective = objective_lib.combine(total_steps=steps, **terms)
     objective_lib.check_inputs(objective, _available(estimator))
     optimizer, learning_rate = _part("optimiser", method.optim, optim.OPTIMIZERS, total_steps=steps)
@@ -213,6 +229,16 @@ def build_prototypes(config: Config) -> Recipe:
         total_steps=steps,
         seed=config.seed,
     )
+
+
+def _check_block(name: str, part: Component, estimator: Component) -> None:
+    """The step would say so too, but only after minutes of compiling what comes before it."""
+    count, block = estimator.options.get("components"), part.options.get("block")
+    if isinstance(count, int) and isinstance(block, int) and (block < 1 or count % block):
+        raise ValueError(
+            f"config.method.estimator.components must be a multiple of config.method.objective.{name}.block, got K = "
+            f"{count} and block = {block}; choose a block that divides {count}."
+        )
 
 
 def reading(config: Config) -> str:
@@ -251,7 +277,8 @@ def _evaluations(config: Config, found: Mapping[str, Source]) -> tuple[Evaluatio
     specs = {k: s.spec for k, s in found.items()}
     out = []
     if evals.labels:
-        groups = {k: longtail.groups(specs["bank"].counts[k], evals.groups) for k in evals.labels if k in specs["bank"].counts}
+        rule = cast(longtail.GroupRule, evals.groups)
+        groups = {k: longtail.groups(specs["bank"].counts[k], rule) for k in evals.labels if k in specs["bank"].counts}
         out.append(
             evaluations.knn_evaluation(
                 specs, label_keys=evals.labels, ks=evals.knn_k, temperature=evals.knn_temperature, groups=groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from protojax import experiment, metrics, parallel, probing, train
 from protojax import step as step_lib
 from protojax.api import Recipe, TrainState
 from protojax.checkpoint import Checkpoints
-from protojax.config import Config, freeze
+from protojax.config import Component, Config, Data, freeze
 
 
 class Encode:
@@ -58,42 +59,62 @@ def read_config(workdir: Path | str) -> Config:
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: {workdir} is not the workdir of a protojax run.")
-    return freeze(json.loads(path.read_text())["config"])
+    try:
+        plain = json.loads(path.read_text())["config"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: it does not hold the configuration of a run.") from None
+    return freeze(plain)
 
 
 def restore(workdir: Path | str, step: int | None = None) -> tuple[Config, train.Session, TrainState]:
-    """Config, session and state of a checkpoint of a run (default: the newest good one), on this machine's mesh."""
-    workdir = Path(workdir)
+    """Config, session and state of a checkpoint of a run (default: the newest), on this machine's mesh."""
     config = read_config(workdir)
-    recipe = experiment.build(config)
-    options = train.Options(workdir, config.run, config.system, config.evals.every, {})
-    session = train.make_session(recipe, options)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.run.keep)
+    options = train.Options(Path(workdir), config.run, config.system, config.evals.every, {})
+    session = train.make_session(experiment.build(config), options)
+    return config, session, _read(workdir, config, step, session.shapes, session.shardings)
+
+
+def _read(workdir: Path | str, config: Config, step: int | None, shapes: Any, shardings: Any) -> TrainState:
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=config.run.keep)
     try:
         steps = checkpoints.steps()
         if not steps:
             raise FileNotFoundError(f"{checkpoints.directory} holds no checkpoint: has the run started?")
         if step is not None and step not in steps:
             raise ValueError(f"no checkpoint at step {step} in {checkpoints.directory}; there are {steps}.")
-        return config, session, checkpoints.restore(steps[-1] if step is None else step, session.shapes, session.shardings)
+        return checkpoints.restore(steps[-1] if step is None else step, shapes, shardings)
     finally:
         checkpoints.close()
 
 
 def load(workdir: Path | str, step: int | None = None) -> Encode:
-    """The teacher of a run as a frozen encoder. Raises FileNotFoundError when there is no run, CheckpointError when
-    the checkpoint is damaged."""
-    config, session, state = restore(workdir, step)
-    return Encode(session.recipe, jax.device_put(parallel.to_host(state), jax.devices()[0]), config)
+    """The teacher of a run as a frozen encoder on one device; neither the training data nor the devices of the run are
+    needed. step: that of a checkpoint (default: the newest).
+
+    Raises FileNotFoundError when there is no run or no checkpoint, ValueError for a step that was not kept,
+    CheckpointError when the checkpoint is damaged.
+    """
+    config = read_config(workdir)
+    # Shapes of the state depend on the batch and on the views, not on the images that they are cut from.
+    some = Component("synthetic", {"size": 1, "classes": 1, "side": 8})
+    data = Data(source=some, batch_size=config.data.batch_size)
+    recipe = experiment.build(
+        dataclasses.replace(config, data=data, evals=dataclasses.replace(config.evals, labels=()))
+    )
+    shapes = jax.eval_shape(lambda b: step_lib.init_state(recipe, b), recipe.sources["train"].batch(0))
+    state = _read(workdir, config, step, shapes, None)
+    return Encode(recipe, jax.device_put(state, jax.devices()[0]), config)
 
 
 def evaluate(workdir: Path | str, step: int | None = None) -> dict[str, Any]:
     """The run's own evaluations on a checkpoint: the same numbers as in training."""
     _, session, state = restore(workdir, step)
     records = metrics.read_records(Path(workdir) / "metrics.jsonl")
-    initial = next((r["metrics"] for r in records if r["kind"] == "eval" and r["step"] == 0), {})
+    initial: dict[str, Any] = next((r["metrics"] for r in records if r["kind"] == "eval" and r["step"] == 0), {})
     probe = probing.make_probe(session.recipe, session.forward, state, session.mesh, initial)
     numbers: dict[str, Any] = {"step": int(state.step)}
     for evaluation in session.recipe.evaluations:
-        numbers |= evaluation.run(probe, step_lib.stream(session.recipe.seed, f"evaluation/{evaluation.name}", probe.step))
+        numbers |= evaluation.run(
+            probe, step_lib.stream(session.recipe.seed, f"evaluation/{evaluation.name}", probe.step)
+        )
     return numbers

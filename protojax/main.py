@@ -1,4 +1,4 @@
-"""`python -m protojax.main --config=configs/quickstart.py[:arm=joint,smoke] [--workdir=runs/x] [--config.key=value]`."""
+"""`python -m protojax.main --config=configs/quickstart.py[:arm=joint,smoke] [--workdir=runs/x] [--config.KEY=VALUE]`"""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ from ml_collections import config_flags
 
 from protojax import __version__
 from protojax.cli import guarded
-from protojax.configs_path import resolve_arguments
-
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:ARM,...] or the name of one", flag_values=_FLAGS)
-flags.DEFINE_string("workdir", None, "where the run is written (default: runs/NAME-ARM)", flag_values=_FLAGS)
-flags.DEFINE_bool("dry_run", False, "print shapes, sizes and the resolved configuration; train nothing",
-                  flag_values=_FLAGS)  # fmt: skip
-flags.DEFINE_bool("version", False, "print the version", flag_values=_FLAGS)
+from protojax.configs_path import load, split_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,25 +20,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    _FLAGS.unparse_flags()
-    try:
-        rest = _FLAGS(["protojax train", *resolve_arguments(arguments)])
-    except flags.Error as error:
-        raise ValueError(f"{error}\nUsage: {__doc__}") from None
-    if _FLAGS.version:
-        print(f"protojax {__version__}")
+    values, rest = _parse(arguments)
+    if values.version or values.help:
+        print(f"protojax {__version__}" if values.version else f"usage: {__doc__}\n{values.get_help()}")
         return 0
-    if len(rest) > 1 or _FLAGS.config is None:
-        raise ValueError(f"got {rest[1:] or 'no --config'}; usage: {__doc__}")
+    if rest or "config" not in values:
+        raise ValueError(f"got {rest or 'no --config'}; usage: {__doc__}")
     from protojax import running
     from protojax.config import freeze
 
-    config = freeze(_FLAGS.config)
-    workdir = Path(_FLAGS.workdir or f"runs/{config.name}-{config.arm}")
-    if _FLAGS.dry_run:
+    config = freeze(values.config)
+    workdir = Path(values.workdir or f"runs/{config.name}-{config.arm}")
+    if values.dry_run:
         print(running.describe(config))
         return 0
     return running.run_train(config, workdir)
+
+
+def _parse(arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
+    """(flags, what is left). Raises ValueError for an unknown flag or key, or a value of another type."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "where the run is written (default: runs/NAME-ARM)", flag_values=values)
+    for name, text in (
+        ("dry_run", "print the configuration, shapes, parameter counts and memory; train nothing"),
+        ("version", "print the version"),
+        ("help", "print this"),
+    ):
+        flags.DEFINE_bool(name, False, text, flag_values=values)
+    file, rest = split_arguments(arguments)
+    argv = ["protojax train", *rest]
+    try:
+        if file is not None:
+            config_flags.DEFINE_config_dict("config", load(file), flag_values=values, sys_argv=argv)
+        return values, values(argv)[1:]
+    except (flags.Error, AttributeError, KeyError) as error:
+        reason: BaseException = error
+        while reason.args and isinstance(reason.args[0], BaseException):  # ml_collections wraps a KeyError
+            reason = reason.args[0]
+        text = f"the configuration has no key {reason.args[0]}" if isinstance(reason, KeyError) else str(reason)
+        raise ValueError(text) from error
 
 
 if __name__ == "__main__":

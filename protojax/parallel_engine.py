@@ -7,13 +7,13 @@ Rows and prototypes live on the same devices, all of them (axes ('data', 'proto'
 - column sweep (statistics, gradients of prototypes): the rows are gathered, each device owns K / devices prototypes and
   keeps their sums, so that the EM state is stored once and never all-reduced.
 - keys split (the column half of Sinkhorn): rows stay, partial log-sum-exps of K numbers are combined.
-- block losses: rows stay; consistency and column sums (K numbers) are summed over devices, probabilities never gathered.
+- block losses: rows stay; column sums (K numbers) are added over devices, probabilities are never gathered.
 
 For N rows and K prototypes of width D with b-byte operands an E-step then sends K D b + K 4 bytes (prototypes and bias)
 plus N (P + D) b' + 2 N 4 (rows, their normalisers and weights) instead of an all-reduce of 2 K D 4.
 
-`engaged(mesh)` splits every operation of `protojax.ops` traced inside it; the differentiation rules sit above the sweeps
-and need no rule of their own. `sharded_lse` and its kin are the same as plain functions.
+`engaged(mesh)` splits every operation of `protojax.ops` traced inside it; the differentiation rules sit above the
+sweeps and need no rule of their own. `sharded_lse` and its kin are the same as plain functions.
 """
 
 from __future__ import annotations
@@ -68,6 +68,13 @@ class MeshEngine:
     def replicated(self, array: Array) -> Array:
         return lax.with_sharding_constraint(array, NamedSharding(self.mesh, P()))
 
+    def _whole(self, array: Array, operand: Any) -> Array:
+        """`array` everywhere, cast before it is gathered: the wire carries the dtype of the products."""
+        if array.dtype != operand:
+            # Without the barrier the compiler gathers first and casts afterwards.
+            array = lax.optimization_barrier(array.astype(operand))
+        return self.replicated(array)
+
     def row_sweep(
         self,
         queries: Array,
@@ -89,9 +96,8 @@ class MeshEngine:
             values = prototypes if attention else values
             return kernels.row_sweep(queries, prototypes, bias, values, weights, alone)
 
-        # Cast before they are gathered: the wire carries the dtype of the products.
-        prototypes = self.replicated(prototypes.astype(operand))
-        values = None if values is None or attention else self.replicated(values.astype(operand))
+        prototypes = self._whole(prototypes, operand)
+        values = None if values is None or attention else self._whole(values, operand)
         return self._map(sweep, (rows, whole, whole, whole, whole), rows)(queries, prototypes, bias, values, weights)
 
     def _keys_split(self, queries: Array, keys: Array, bias: Array, alone: Tiling) -> Array:

@@ -42,7 +42,7 @@ def feature_bank(forward: Any, variables: Any, source: Source, mesh: jax.shardin
         backbone=backbone.astype(np.float32),
         image=image.astype(np.float32),
         labels={k: merged[k].astype(np.int64) for k in labels},
-        index=merged["index"].astype(np.int64),
+        positions=merged["index"].astype(np.int64),
         extra=embeddings,
     )
 

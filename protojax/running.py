@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from protojax import checkpoint, experiment, metrics, summary, train
+from protojax import checkpoint, experiment, metrics, parallel, summary, train
+from protojax.api import Recipe
 from protojax.config import Config, to_plain
 from protojax.models.encoder import count_parameters
 
@@ -22,6 +23,16 @@ def prepare(config: Config) -> None:
         jax.config.update("jax_platforms", config.system.platform)
     if config.system.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.system.compilation_cache))
+
+
+def build(config: Config) -> Recipe:
+    """`experiment.build` for this process and its devices: every size is checked before anything is compiled."""
+    prepare(config)
+    mesh = parallel.make_mesh(config.system.data, config.system.proto)
+    parallel.check_divisible(
+        mesh, **{"data.batch_size": config.data.batch_size, "evals.batch_size": config.evals.batch_size}
+    )
+    return experiment.build(config)
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
@@ -48,15 +59,15 @@ def train_config(config: Config, workdir: Path, say: Any = print) -> dict[str, A
 
     Returns the summary. Raises before anything is compiled where shapes and names already tell.
     """
-    prepare(config)
     checkpoint.check_writable(workdir)
-    recipe = experiment.build(config)
+    recipe = build(config)
     options = train.Options(
         workdir, config.run, config.system, config.evals.every, fingerprint(config), _wandb(config, workdir), say
     )
-    saved = workdir / "config.json"
-    if not saved.exists() and jax.process_index() == 0:
-        metrics.write_json(saved, summary.dumps_config(config))
+    # Not over that of a run which has begun: this configuration may be another one, and is then refused.
+    begun = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    if not begun and jax.process_index() == 0:
+        metrics.write_json(workdir / "config.json", summary.dumps_config(config))
     result = train.run(recipe, options)
     record = summary.summarise(config, result)
     if result.finished and jax.process_index() == 0:
@@ -81,8 +92,7 @@ def run_train(config: Config, workdir: Path) -> int:
 
 def describe(config: Config) -> str:
     """What a dry run prints: the resolved configuration, shapes, parameter counts and memory."""
-    prepare(config)
-    recipe = experiment.build(config)
+    recipe = build(config)
     options = train.Options(Path("."), config.run, config.system, config.evals.every, {})
     session = train.make_session(recipe, options)
     spec = recipe.sources["train"].spec
@@ -124,8 +134,6 @@ def _wandb(config: Config, workdir: Path) -> Any:
     try:
         import wandb
     except ImportError:
-        raise ValueError(
-            "config.run.wandb is True but wandb is not installed: pip install 'protojax[wandb]'"
-        ) from None
+        raise ValueError("config.run.wandb is True but wandb is not installed: pip install 'protojax[wandb]'") from None
     return wandb.init(project="protojax", name=f"{config.name}-{config.arm}-{config.seed}", dir=str(workdir),
                       config=to_plain(config), resume="allow")  # fmt: skip

@@ -107,8 +107,8 @@ def loss_fn(recipe: Recipe, params: PyTree, state: TrainState, estimator: PyTree
     return loss, (terms, stats)
 
 
-def step(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Metrics]:
-    """One training step. Returns (state, metrics, flags): flags is what `first_bad` needs to name a non-finite array."""
+def step(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, dict[str, Array]]:
+    """One training step. Returns (state, metrics, flags): from flags `first_bad` names a non-finite array."""
     variables = {"params": state.teacher["params"]["encoder"], "stats": state.teacher["stats"]}
     rows, teacher_stats, teacher, inputs = _teacher_rows(recipe, variables, batch, state.step, "views")
     rows = jax.lax.stop_gradient(rows)
@@ -140,7 +140,7 @@ def step(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[TrainState, M
     return new_state, numbers, _finite(state.step, loss, gradient)
 
 
-def _finite(step: Array, loss: Array, gradient: PyTree) -> Metrics:
+def _finite(step: Array, loss: Array, gradient: PyTree) -> dict[str, Array]:
     """{'step', 'leaf'}: this step and the first non-finite array of it (0 the loss, i + 1 leaf i of the gradient), or
     NEVER twice."""
     ok = jnp.stack([jnp.isfinite(loss), *(jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradient))])
@@ -151,7 +151,9 @@ def _finite(step: Array, loss: Array, gradient: PyTree) -> Metrics:
     return {"step": jnp.where(bad, step + 1, never), "leaf": jnp.where(bad, leaf, never)}
 
 
-def accumulate(recipe: Recipe, carry: tuple[TrainState, PyTree], batch: Batch) -> tuple[tuple[TrainState, PyTree], None]:
+def accumulate(
+    recipe: Recipe, carry: tuple[TrainState, PyTree], batch: Batch
+) -> tuple[tuple[TrainState, PyTree], None]:
     """`step`, with its metrics added to the accumulator in the carry (scan-able)."""
     state, accumulator = carry
     state, numbers, flags = step(recipe, state, batch)
@@ -173,7 +175,10 @@ def first_bad(state: TrainState, bad: Mapping[str, Any]) -> str | None:
     at, leaf = int(bad["step"]), int(bad["leaf"])
     if at == NEVER:
         return None
-    names = ["the loss", *(f"the gradient of {path_of(p)}" for p, _ in jax.tree_util.tree_leaves_with_path(state.params))]
+    names = [
+        "the loss",
+        *(f"the gradient of {path_of(p)}" for p, _ in jax.tree_util.tree_leaves_with_path(state.params)),
+    ]
     return f"step {at}: {names[leaf]}"
 
 

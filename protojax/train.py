@@ -28,7 +28,7 @@ from protojax.config import Run, System
 from protojax.metrics import Meter, NotFiniteError, Writer
 from protojax.prefetch import prefetch, stack
 
-WARM_UP_PASSES = 16  # batch-norm moments after 16 passes at momentum 0.9 owe 81% to the data
+WARM_UP_PASSES = 8  # batch-norm moments of the data before the first evaluation: the untrained control is a fair one
 
 
 class Options(NamedTuple):
@@ -63,8 +63,8 @@ class Session(NamedTuple):
     mesh: jax.sharding.Mesh
     shapes: TrainState
     shardings: TrainState
-    one: Callable
-    many: Callable
+    one: Any  # jitted (state, accumulator, batch) -> (state, accumulator)
+    many: Any  # the same over stacked batches
     forward: Callable
     options: Options
 
@@ -93,7 +93,8 @@ def initial_state(session: Session) -> TrainState:
         out_shardings=(session.shardings, parallel.replicated(mesh)),
         donate_argnums=0,
     )
-    needed, collected, i = recipe.estimator.start_rows, [], 0
+    needed, i = recipe.estimator.start_rows, 0
+    collected: list[dict[str, jax.Array]] = []
     while i < WARM_UP_PASSES or sum(len(r["mask"]) for r in collected) < needed:
         batch = parallel.to_device(mesh, source.batch(i))
         state, rows = warm(state, batch, jnp.int32(i))
@@ -168,12 +169,15 @@ def run(recipe: Recipe, options: Options) -> Result:
 
 def _run(session: Session, checkpoints: Checkpoints, stop: StopFlag) -> Result:
     recipe, options = session.recipe, session.options
-    total = recipe.total_steps
     found = resume(session, checkpoints)
     first, state = found if found else (0, initial_state(session))
     main = jax.process_index() == 0
     writer = Writer(
-        options.workdir, step=first if found else None, tensorboard=options.run.tensorboard, wandb=options.wandb, main=main
+        options.workdir,
+        step=first if found else None,
+        tensorboard=options.run.tensorboard,
+        wandb=options.wandb,
+        main=main,
     )
     try:
         return _train(session, checkpoints, writer, first, state, bool(found), stop)
@@ -182,7 +186,13 @@ def _run(session: Session, checkpoints: Checkpoints, stop: StopFlag) -> Result:
 
 
 def _train(
-    session: Session, checkpoints: Checkpoints, writer: Writer, first: int, state: TrainState, found: bool, stop: StopFlag
+    session: Session,
+    checkpoints: Checkpoints,
+    writer: Writer,
+    first: int,
+    state: TrainState,
+    found: bool,
+    stop: StopFlag,
 ) -> Result:
     options, total = session.options, session.recipe.total_steps
     loop = Loop(session, checkpoints, writer)
@@ -229,7 +239,11 @@ class Loop:
             for (begin, count), (batch, wait) in zip(calls, batches, strict=True):
                 dispatch = self.session.one if count == 1 else self.session.many
                 state, accumulator = dispatch(state, accumulator, batch)
-                at, waited, images = begin + count, waited + wait, images + count * recipe.sources["train"].spec.batch_size
+                at, waited, images = (
+                    begin + count,
+                    waited + wait,
+                    images + count * recipe.sources["train"].spec.batch_size,
+                )
                 bar.update(count)
                 if at in self.logs or stop.raised:
                     self._log(state, accumulator, at, images, waited, bar)
@@ -278,7 +292,9 @@ class Loop:
             if (finding["detector"], finding["severity"]) in known:
                 continue
             self.writer.write("diagnosis", **{**finding, "step": at})
-            text = f"[{finding['severity']}] {finding['detector']} at step {at}: {finding['evidence']} {finding['advice']}"
+            text = (
+                f"[{finding['severity']}] {finding['detector']} at step {at}: {finding['evidence']} {finding['advice']}"
+            )
             tqdm.write(text)
             if self.options.run.on_finding == "stop" and finding["severity"] == "error":
                 raise RuntimeError(f"stopped by run.on_finding='stop': {text}")
@@ -322,7 +338,9 @@ class Loop:
 
     # -- history
     def evaluated(self, at: int) -> dict[str, Any] | None:
-        return next((r["metrics"] for r in reversed(self.writer.records) if r["kind"] == "eval" and r["step"] == at), None)
+        return next(
+            (r["metrics"] for r in reversed(self.writer.records) if r["kind"] == "eval" and r["step"] == at), None
+        )
 
     def findings(self) -> list[dict[str, Any]]:
         return [r for r in self.writer.records if r["kind"] == "diagnosis"]
@@ -339,7 +357,7 @@ def read(tree: Any) -> Any:
 
 
 class StopFlag:
-    """Ctrl-C and SIGTERM raise a flag; the loop saves and leaves at the next step. A second Ctrl-C interrupts at once."""
+    """Ctrl-C and SIGTERM raise a flag; the loop saves and leaves at the next step. A second Ctrl-C interrupts."""
 
     def __init__(self) -> None:
         self.raised, self.name = False, ""

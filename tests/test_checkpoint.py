@@ -63,7 +63,7 @@ def test_checksum_sees_a_flipped_bit_a_swap_and_no_sharding():
 
 
 def largest_file(folder: Path) -> Path:
-    return max((p for p in folder.rglob("*") if p.is_file() and "ocdbt" in str(p) or "/d/" in str(p)),
+    return max((p for p in folder.rglob("*") if (p.is_file() and "ocdbt" in str(p)) or "/d/" in str(p)),
                key=lambda p: p.stat().st_size)  # fmt: skip
 
 

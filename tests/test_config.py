@@ -28,7 +28,11 @@ def test_defaults_freeze_and_round_trip():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda c: c.data.__setitem__("batch_sise", 3), ValueError, r"config.data.batch_sise.*did you mean 'batch_size'"),
+        (
+            lambda c: c.data.__setitem__("batch_sise", 3),
+            ValueError,
+            r"config.data.batch_sise.*did you mean 'batch_size'",
+        ),
         (lambda c: c.method.__setitem__("epochs", 3.0), ValueError, "exactly one of epochs and steps"),
         (lambda c: c.evals.__setitem__("every", 0.0), ValueError, r"evals.every: expected a fraction"),
         (lambda c: c.evals.__setitem__("groups", "thirds"), ValueError, "'inat' or 'terciles', got 'thirds'"),
@@ -71,13 +75,13 @@ def test_options_of_components_are_checked():
     table = {"build": build}
     check = lambda name, **o: config_lib.check_options("part", name, table, o, ["thing"])  # noqa: E731
     assert check("build", width=4, rate=1) is build
-    with pytest.raises(ValueError, match="unknown part 'biuld' .did you mean 'build'"):
+    with pytest.raises(ValueError, match=r"unknown part 'biuld' .did you mean 'build'"):
         check("biuld")
-    with pytest.raises(ValueError, match="no option 'widht' .did you mean 'width'"):
+    with pytest.raises(ValueError, match=r"no option 'widht' .did you mean 'width'"):
         check("build", widht=3)
-    with pytest.raises(TypeError, match="option 'width': expected int .default 3., got str 'wide'"):
+    with pytest.raises(TypeError, match=r"option 'width': expected int .default 3., got str 'wide'"):
         check("build", width="wide")
-    with pytest.raises(TypeError, match="option 'width': expected int"):
+    with pytest.raises(TypeError, match=r"option 'width': expected int"):
         check("build", width=0.5)
 
 
@@ -89,7 +93,7 @@ def test_config_files_are_found_by_name_and_path():
         "--x=1",
     ]
     assert configs_path.resolve_arguments(["--config", "quickstart"])[1].endswith("quickstart.py")
-    with pytest.raises(FileNotFoundError, match="no config file 'quikstart' .did you mean 'quickstart'"):
+    with pytest.raises(FileNotFoundError, match=r"no config file 'quikstart' .did you mean 'quickstart'"):
         configs_path.find("quikstart")
 
 

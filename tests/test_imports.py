@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "protojax"
 LAYERS = (
     {"api", "config", "schedules", "ops"},
     {"estimators", "objectives", "models", "data", "evals"},
+    {"online_mixture", "online_mixture_blocks", "online_mixture_checks"},
     {"parallel", "parallel_engine", "optim", "metrics", "prefetch", "checkpoint", "step", "probing", "train"},
     {"experiment", "arms", "report", "reporting", "summary", "loading", "running", "configs_path"},
     {"cli", "main", "__main__", "__init__"},

@@ -37,7 +37,12 @@ def test_a_resumed_run_drops_the_lines_after_its_step(tmp_path: Path):
     second.write("train", 30, metrics={"loss/total": 7.0})
     second.close()
     records = metrics.read_records(tmp_path / "metrics.jsonl")
-    assert [(r["step"], r["metrics"]["loss/total"]) for r in records] == [(0, 1.0), (10, 1 / 11), (20, 1 / 21), (30, 7.0)]
+    assert [(r["step"], r["metrics"]["loss/total"]) for r in records] == [
+        (0, 1.0),
+        (10, 1 / 11),
+        (20, 1 / 21),
+        (30, 7.0),
+    ]
 
 
 def test_a_torn_last_line_is_dropped_and_a_damaged_one_is_named(tmp_path: Path):

@@ -10,7 +10,9 @@ from jax.sharding import PartitionSpec as P
 from protojax import parallel
 
 
-@pytest.mark.parametrize(("data", "proto", "shape"), [(-1, 1, (8, 1)), (2, -1, (2, 4)), (4, 2, (4, 2)), (-1, -1, (8, 1))])
+@pytest.mark.parametrize(
+    ("data", "proto", "shape"), [(-1, 1, (8, 1)), (2, -1, (2, 4)), (4, 2, (4, 2)), (-1, -1, (8, 1))]
+)
 def test_mesh_shapes(data, proto, shape):
     mesh = parallel.make_mesh(data, proto)
     assert tuple(mesh.shape.values()) == shape

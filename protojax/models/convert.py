@@ -30,9 +30,12 @@ def from_hf_resnet(state: StateDict) -> dict[str, Any]:
     def convert(prefix: str, p: dict[str, Any], s: dict[str, Any], conv: str, norm: str) -> None:
         p[conv] = {"kernel": reader(f"{prefix}.convolution.weight").transpose(2, 3, 1, 0)}
         p[norm] = {"scale": reader(f"{prefix}.normalization.weight"), "bias": reader(f"{prefix}.normalization.bias")}
+        var = reader(f"{prefix}.normalization.running_var")
+        # Established moments: the next update weighs 1 - momentum, as it would in PyTorch.
         s[norm] = {
             "mean": reader(f"{prefix}.normalization.running_mean"),
-            "var": reader(f"{prefix}.normalization.running_var"),
+            "var": var,
+            "updates": np.asarray(1e6, var.dtype),
         }
 
     convert("embedder.embedder", params, stats, "stem_conv", "stem_norm")

@@ -23,6 +23,16 @@ class Scores(NamedTuple):
     row_offset: Array
 
 
+class Expansion(NamedTuple):
+    """How a feature becomes a query: see `expand`."""
+
+    covariance: str
+    origin: Array
+    inverse: Array | None
+    constant: Array
+    scale: Array
+
+
 def gaussian_scores(
     features: Array,
     means: Array,
@@ -44,6 +54,22 @@ def gaussian_scores(
     density does not depend on it, the rounding error of expanded squares does. All results float32 at least.
 
     Raises ValueError for shapes that disagree with `covariance`, TypeError for integer or float16 arrays."""
+    prototypes, bias, how = gaussian_keys(features, means, variances, log_weights, covariance=covariance, beta=beta)
+    return Scores(expand(features, how), prototypes, bias, row_offset(features, how))
+
+
+def gaussian_keys(
+    features: Array,
+    means: Array,
+    variances: Array,
+    log_weights: Array,
+    *,
+    covariance: Covariance = "diag",
+    beta: float | Array = 1.0,
+) -> tuple[Array, Array, Expansion]:
+    """(prototypes [K,P], bias [K], how to expand features): the components' half of `gaussian_scores`, same arguments.
+
+    The features are looked at for their shape and dtype only."""
     features, means = floating("features", features, 2), floating("means", means, 2)
     log_weights = floating("log_weights", log_weights, 1)
     count, width = means.shape
@@ -61,28 +87,43 @@ def gaussian_scores(
             f"log_weights of shape {(count,)}, got {variances.shape} and {log_weights.shape}"
         )
     total = accumulation_dtype(features, means, variances, log_weights)
-    features, means, variances, log_weights = (a.astype(total) for a in (features, means, variances, log_weights))
+    means, variances, log_weights = (array.astype(total) for array in (means, variances, log_weights))
     # Expanded squares cancel catastrophically far from the origin: move it among the means.
     origin = jnp.mean(means, axis=0)
-    features, means = features - origin[None, :], means - origin[None, :]
+    means = means - origin[None, :]
     scale = jnp.asarray(beta, total)
-    constant = 0.5 * width * math.log(2.0 * math.pi)
-    if covariance == "tied":
-        inverse = jax.lax.rsqrt(variances)
-        queries, white = features * inverse[None, :], means * inverse[None, :]
-        bias = scale * (log_weights - 0.5 * jnp.sum(white * white, axis=1))
-        offset = -scale * (0.5 * jnp.sum(queries * queries, axis=1) + (0.5 * jnp.sum(jnp.log(variances)) + constant))
-        return Scores(queries, scale * white, bias, offset)
-    if covariance == "diag":
+    constant = jnp.asarray(0.5 * width * math.log(2.0 * math.pi), total)
+    inverse = jax.lax.rsqrt(variances) if covariance == "tied" else None
+    if inverse is not None:
+        prototypes = means * inverse[None, :]
+        normaliser = 0.5 * jnp.sum(prototypes * prototypes, axis=1)
+        constant = constant + 0.5 * jnp.sum(jnp.log(variances))
+    elif covariance == "diag":
         precision = 1.0 / variances
-        queries = jnp.concatenate([features, features * features], axis=1)
         prototypes = jnp.concatenate([means * precision, -0.5 * precision], axis=1)
         normaliser = 0.5 * jnp.sum(means * means * precision + jnp.log(variances), axis=1)
     else:
         precision = 1.0 / variances
-        queries = jnp.concatenate([features, jnp.sum(features * features, axis=1)[:, None]], axis=1)
         prototypes = jnp.concatenate([means * precision[:, None], -0.5 * precision[:, None]], axis=1)
         normaliser = 0.5 * (precision * jnp.sum(means * means, axis=1) + width * jnp.log(variances))
-    bias = scale * (log_weights - normaliser)
-    offset = jnp.full((features.shape[0],), -constant, total) * scale
-    return Scores(queries, scale * prototypes, bias, offset)
+    expansion = Expansion(covariance, origin, inverse, -scale * constant, scale)
+    return scale * prototypes, scale * (log_weights - normaliser), expansion
+
+
+def expand(features: Array, how: Expansion) -> Array:
+    """Queries [N,P] of features [N,D], h from the origin: [h, h^2] (diag), [h, |h|^2] (spherical), h / s (tied)."""
+    centred = features.astype(how.origin.dtype) - how.origin[None, :]
+    if how.inverse is not None:
+        return centred * how.inverse[None, :]
+    square = centred * centred
+    if how.covariance == "spherical":
+        square = jnp.sum(square, axis=1)[:, None]
+    return jnp.concatenate([centred, square], axis=1)
+
+
+def row_offset(features: Array, how: Expansion) -> Array:
+    """What the logits of a row lack [N], equal for all prototypes."""
+    offset = jnp.broadcast_to(how.constant, features.shape[:1])
+    if how.inverse is None:
+        return offset
+    return offset - how.scale * (0.5 * jnp.sum(expand(features, how) ** 2, axis=1))

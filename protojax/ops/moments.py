@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from protojax.ops.checks import accumulation_dtype, floating, logit_arguments
+from protojax.ops.gaussian import Covariance, expand, gaussian_keys, row_offset
 from protojax.ops.kernels import column_sweep, completes_rows, plan, row_sweep
 from protojax.ops.sweeps import complete_sweep
 
@@ -80,17 +81,12 @@ def accumulate(
     ValueError as `lse` does, and for an unknown `second` or rows that disagree."""
     queries, prototypes, bias = logit_arguments(queries, prototypes, bias)
     features = floating("features", features, 2)
-    mask = jnp.asarray(mask)
     rows = queries.shape[0]
-    if features.shape[0] != rows or mask.shape != (rows,):
-        raise ValueError(
-            f"features and mask must have one row a query ({rows}), got shapes {features.shape} and {mask.shape}"
-        )
-    if second not in _PREPARE:
-        raise ValueError(f"second must be 'diag', 'spherical', 'tied' or 'none', got {second!r}")
+    if features.shape[0] != rows:
+        raise ValueError(f"features must have one row a query ({rows}), got shape {features.shape}")
     options = plan(queries, prototypes, bias, tile, row_tile, matmul_dtype)
     total = accumulation_dtype(queries, prototypes, bias, features)
-    weight = mask.astype(total)
+    weight = _row_weights(features, mask, second, total)
     used = weight != 0.0
     prepare = _PREPARE[second]
     if log_normaliser is None and completes_rows(options):
@@ -106,6 +102,22 @@ def accumulate(
         # A masked row holds zeros; 0 as its normaliser may overflow exp: +inf makes it weigh exactly nothing.
         lse = jnp.where(used, lse, jnp.full((), jnp.inf, total))
         first, sums = column_sweep(queries, prototypes, bias, lse, (features, weight), prepare, options)
+    found = _moments(second, first, sums, features, weight)
+    return found, jnp.where(used, lse, jnp.zeros((), total))
+
+
+def _row_weights(features: Array, mask: Array, second: str, total: jnp.dtype) -> Array:
+    """mask as weights [N], after checking it and the name of the second moment."""
+    mask = jnp.asarray(mask)
+    if mask.shape != features.shape[:1]:
+        raise ValueError(f"mask must have one value a row ({features.shape[0]}), got shape {mask.shape}")
+    if second not in _PREPARE:
+        raise ValueError(f"second must be 'diag', 'spherical', 'tied' or 'none', got {second!r}")
+    return mask.astype(total)
+
+
+def _moments(second: str, first: Array, sums: Array, features: Array, weight: Array) -> Moments:
+    """Moments from a sweep's sums [K,E] and [K,F]."""
     width = features.shape[1]
     squares: Array | None = None
     if second == "diag":
@@ -114,4 +126,57 @@ def accumulate(
         squares = sums[:, 1]
     elif second == "tied":
         squares = jnp.sum(_weigh(features, weight)[1], axis=0)
-    return Moments(sums[:, 0], first[:, :width], squares), jnp.where(used, lse, jnp.zeros((), total))
+    return Moments(sums[:, 0], first[:, :width], squares)
+
+
+def gaussian_moments(
+    features: Array,
+    means: Array,
+    variances: Array,
+    log_weights: Array,
+    mask: Array,
+    *,
+    covariance: Covariance = "diag",
+    second: Second | None = None,
+    beta: float | Array = 1.0,
+    tile: int = 2048,
+    row_tile: int | None = None,
+    matmul_dtype: DTypeLike | None = None,
+) -> tuple[Moments, Array]:
+    """The E-step of a Gaussian mixture: (Moments, LSE_k beta ln(pi_k N(h_n | mu_k, s2_k)) [N], 0 on masked rows).
+
+    The same as `gaussian_scores` followed by `accumulate` (whose arguments these are; `second` defaults to the one that
+    `covariance` needs), except that on a CPU the expanded queries [N,P] are made a chunk of rows at a time: for many
+    rows, writing them out costs as much as a product. With beta = 1 the second result is the log-likelihood."""
+    how = covariance if second is None else second
+    prototypes, bias, expansion = gaussian_keys(
+        features, means, variances, log_weights, covariance=covariance, beta=beta
+    )
+    options = plan(features, prototypes, bias, tile, row_tile, matmul_dtype)
+    weight = _row_weights(features, mask, how, accumulation_dtype(features, prototypes))
+    used = weight != 0.0
+    if not completes_rows(options):
+        clean = jnp.where(used[:, None], features, jnp.zeros((), features.dtype))
+        found, lse = accumulate(
+            expand(clean, expansion),
+            prototypes,
+            bias,
+            clean,
+            mask,
+            second=how,
+            tile=tile,
+            row_tile=row_tile,
+            matmul_dtype=matmul_dtype,
+        )
+    else:
+
+        def prepare(chunk, rows):
+            clean, vectors, scalars = _PREPARE[how](chunk, rows)
+            return expand(clean, expansion), vectors, scalars
+
+        rows = (features, weight)
+        lse, first, sums = complete_sweep(features, prototypes, bias, rows, prepare, options)
+        found = _moments(how, first, sums, features, weight)
+        clean = features
+    likelihood = lse + row_offset(clean, expansion)
+    return found, jnp.where(used, likelihood, jnp.zeros((), likelihood.dtype))

@@ -227,16 +227,29 @@ def complete_sweep(
     operand = product_dtype(options.matmul_dtype, queries, prototypes)
     length, count = queries.shape[0], prototypes.shape[0]
     kind = product_dtype(options.matmul_dtype, sample)
-    # About 8 MB of float32 logits; below 64 rows the sums' own traffic would cost more than the saved product.
-    wanted = options.row_tile if options.row_tile is not None else max(64, 2**21 // count)
-    row_tile = max(1, min(wanted, length))
+    # Logits of 2 MB of float32; below 128 rows the sums' own traffic would cost more than the saved product. Chunks of
+    # equal length: little padding.
+    wanted = options.row_tile if options.row_tile is not None else max(128, 2**19 // count)
+    chunk_number = max(1, -(-length // wanted))
+    row_tile = max(1, -(-length // chunk_number))
     keys, tall_bias = prototypes.astype(operand), bias.astype(total)[:, None]
+    largest = jnp.sqrt(jnp.max(jnp.sum(keys.astype(total) ** 2, axis=1)))
+    highest = jnp.max(tall_bias)
 
     def body(carry, chunk):
         chunk_queries, vectors, scalars = prepare(*chunk)
-        logits = dot(keys, chunk_queries, (1, 1), operand, total) + tall_bias
-        top = finite_or_zero(jnp.max(logits, axis=0))
-        share = jnp.exp(logits - top[None, :])
+        products = dot(keys, chunk_queries, (1, 1), operand, total)
+        # Any shift near the largest logit will do. By Cauchy-Schwarz that one lies within `reach` of `highest`: where
+        # this is close enough for float32's exponents (e^60 x K rows fit, and terms of e^-87 and more are kept), the
+        # pass over the logits that looks for the maximum is saved.
+        reach = largest * jnp.sqrt(jnp.max(jnp.sum(chunk_queries.astype(total) ** 2, axis=1)))
+        top = lax.cond(
+            (reach < 60.0) & jnp.isfinite(highest),
+            lambda _: jnp.full((row_tile,), highest),
+            lambda table: finite_or_zero(jnp.max(table + tall_bias, axis=0)),
+            products,
+        )
+        share = jnp.exp(products + tall_bias - top[None, :])
         mass = jnp.sum(share, axis=0)
         inverse = (1.0 / jnp.where(mass == 0.0, jnp.ones((), total), mass))[:, None]
         # Rows are normalised on the [row_tile, E] side, which is smaller than [K, row_tile].

@@ -35,7 +35,7 @@ def write_report_data(
     chosen = _spread(np.argsort(-shares, kind="stable")[:alive], SAMPLE_PROTOTYPES)
     rows = features if center is None else features - np.asarray(center, features.dtype)
     nearest = np.argsort(-(unit_rows(rows) @ prototypes[chosen].T), axis=0, kind="stable")[:SAMPLE_IMAGES].T
-    pictures = images(bank.index[nearest.reshape(-1)])
+    pictures = images(bank.positions[nearest.reshape(-1)])
     path = workdir / "report_data.npz"
     np.savez_compressed(
         path,

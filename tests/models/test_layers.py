@@ -34,6 +34,7 @@ def test_batch_norm_equals_its_definition_and_keeps_unbiased_running_variance(ke
     network = functional(Norm, "batch", 3, dtype="float64", momentum=0.75)
     variables = _variables(network, key)
     x = np.asarray(jax.random.normal(key, (4, 2, 5, 3), jnp.float64)) * 3 + 7
+    variables["stats"]["norm"]["updates"] = jnp.asarray(9.0, jnp.float64)
     y, stats = network.apply(variables, jnp.asarray(x), train=True)
     rows = x.reshape(-1, 3)
     scale = np.asarray(variables["params"]["norm"]["scale"])
@@ -45,6 +46,22 @@ def test_batch_norm_equals_its_definition_and_keeps_unbiased_running_variance(ke
     assert unchanged is stats
     mean, var = (np.asarray(stats["norm"][name]) for name in ("mean", "var"))
     np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5) * scale, rtol=1e-12, atol=1e-13)
+
+
+def test_initial_running_moments_weigh_nothing(key):
+    """The first updates are a plain mean, later ones exponential."""
+    network = functional(Norm, "batch", 3, momentum=0.75)
+    variables = _variables(network, key)
+    batches = [jax.random.normal(jax.random.fold_in(key, i), (50, 3)) * 1e-2 + i for i in range(6)]
+    expected = None
+    for i, x in enumerate(batches):
+        _, stats = network.apply(variables, x, train=True)
+        variables = {**variables, "stats": stats}
+        mean = np.asarray(x).mean(0)
+        expected = mean if expected is None else expected + max(0.25, 1 / (i + 1)) * (mean - expected)
+        np.testing.assert_allclose(stats["norm"]["mean"], expected, rtol=1e-5, atol=1e-5)
+        if i == 0:
+            np.testing.assert_allclose(stats["norm"]["var"], np.asarray(x).var(0, ddof=1), rtol=1e-4)
 
 
 def test_a_masked_row_counts_zero(key):

@@ -44,7 +44,10 @@ def test_resnet_equals_transformers(name):
     features, stats = jax.jit(lambda v, x: network.apply(v, x, train=True))(variables, images)
     np.testing.assert_allclose(features["pooled"], expected["train"], **EXACT)
     after = {key: expected.get(f"after/{key}", value) for key, value in state.items()}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **EXACT), stats, from_hf_resnet(after)["stats"])
+    wanted = from_hf_resnet(after)["stats"]
+    counted = lambda path, leaf: leaf + 1 if path[-1].key == "updates" else leaf  # noqa: E731  (ours alone)
+    wanted = jax.tree_util.tree_map_with_path(counted, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **EXACT), stats, wanted)
 
 
 @pytest.mark.usefixtures("x64")

@@ -38,7 +38,8 @@ CASES = {
     "teacher": (lambda: soft_cross_entropy(Q, M, C, Q[:, :3], M, C), ValueError, "teacher_queries and teacher_proto"),
     "pairs": (lambda: soft_cross_entropy_pairs((VIEWS, *BOOK), (VIEWS[:, :3], *BOOK)), ValueError, "agree on B and K"),
     "values": (lambda: expectation(Q, M, C, M[:5], C), ValueError, r"one row a prototype \(8\)"),
-    "mask": (lambda: accumulate(Q, M, C, H, W[:3]), ValueError, r"one row a query \(6\), got shapes"),
+    "mask": (lambda: accumulate(Q, M, C, H, W[:3]), ValueError, r"mask must have one value a row \(6\), got"),
+    "rows_of_features": (lambda: accumulate(Q, M, C, H[:3], W[:3]), ValueError, r"features must have one row a query"),
     "second": (lambda: accumulate(Q, M, C, H, W, second="full"), ValueError, "'diag', 'spherical', 'tied' or 'none'"),
     "normaliser": (
         lambda: accumulate(Q, M, C, H, W, log_normaliser=C),

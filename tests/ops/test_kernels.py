@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from protojax.ops import kernels
 from protojax.ops.block import block_consistency
@@ -89,6 +90,79 @@ def test_block_losses_and_gradient(scale):
     agree(*both(losses, student, teacher), tolerance=1e-4)
 
 
+def programs():
+    """The engine's programs with their argument shapes: loss with every gradient, statistics, block losses."""
+    shape = jax.ShapeDtypeStruct
+    rows, table, bias = shape((512, 128), jnp.bfloat16), shape((2048, 128), jnp.bfloat16), shape((2048,), jnp.float32)
+    views = [shape((v, 256, 128), jnp.bfloat16) for v in (3, 2)]
+
+    def loss(*student):
+        return jax.value_and_grad(lambda *s: jnp.mean(soft_cross_entropy(*s, *student)), (0, 1, 2))(*student)
+
+    def statistics(queries, prototypes, bias):
+        every = jnp.ones(queries.shape[:1], bool)
+        return accumulate(queries, prototypes, bias, queries, every, second="spherical")
+
+    def blocks(student, teacher, prototypes, bias):
+        book, every = (prototypes, bias), jnp.ones(student.shape[1:2], bool)
+        return jax.grad(lambda s: sum(block_consistency(s, teacher, book, book, every, jnp.arange(2048))))(student)
+
+    return {
+        "loss": (loss, (rows, table, bias), 4),
+        "statistics": (statistics, (rows, table, bias), 2),
+        "blocks": (blocks, (*views, table, bias), 2),
+    }
+
+
+@pytest.mark.parametrize("name", ["loss", "statistics", "blocks"])
+def test_programs_lower_to_tpu_kernels(name):
+    function, arguments, calls = programs()[name]
+    with kernels.using("pallas_tpu"):
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
+    assert lowered.as_text().count("@tpu_custom_call") == calls
+
+
+@pytest.mark.parametrize("name", ["loss", "statistics"])
+def test_programs_lower_to_hopper_kernels(name):
+    function, arguments, calls = programs()[name]
+    with kernels.using("mosaic_gpu"):
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == calls
+
+
+def test_hopper_kernels_in_the_gpu_interpreter():
+    """Ragged sizes, bfloat16 operands: the same rounding as the portable path up to that of the weights (2^-8)."""
+    queries, prototypes, bias = (a[: {N: 130, K: 200}[a.shape[0]]] for a in arrays(0))
+    mask = jnp.arange(130) % 3 != 0
+
+    def results(queries, prototypes, bias):
+        bf16 = jnp.bfloat16
+        outputs = attend(queries, prototypes, bias, matmul_dtype=bf16)
+        entropy = soft_cross_entropy(queries, prototypes, bias, -queries, prototypes[::-1], bias, matmul_dtype=bf16)
+        return (
+            outputs,
+            entropy,
+            accumulate(queries, prototypes, bias, queries, mask, second="spherical", matmul_dtype=bf16),
+        )
+
+    expected = results(queries, prototypes, bias)
+    with kernels.using("mosaic_gpu_interpret"):
+        if not hasattr(plgpu, "InterpretGPUParams"):  # JAX 0.10
+            with pytest.raises(RuntimeError, match="no interpreter for Mosaic GPU kernels"):
+                results(queries, prototypes, bias)
+            return
+        found = results(queries, prototypes, bias)
+    (lse_found, mean_found), entropy, (moments, normaliser) = found
+    agree((lse_found, normaliser, moments.count), (expected[0][0], expected[2][1], expected[2][0].count), 1e-5)
+    agree((mean_found, entropy, moments), (expected[0][1], expected[1], expected[2][0]), 2.0**-8)
+
+
+def test_hopper_kernels_refuse_wide_rows():
+    wide = jnp.ones((4, 300), jnp.float32)
+    with kernels.using("mosaic_gpu"), pytest.raises(ValueError, match="widths up to 256, got 320"):
+        jax.eval_shape(lse, wide, wide, wide[:, 0])
+
+
 def test_gate_takes_the_portable_path_on_cpu_and_says_so_once(caplog):
     kernels._log_once.cache_clear()
     queries, prototypes, bias = arrays(0)
@@ -142,5 +216,5 @@ def test_kernels_wait_for_shard_map_when_there_are_devices(monkeypatch):
 
 
 def test_unknown_path_is_refused():
-    with pytest.raises(ValueError, match="kernel path must be one of scan, .* got 'triton'"), kernels.using("triton"):
+    with pytest.raises(ValueError, match=r"kernel path must be one of scan, .* got 'triton'"), kernels.using("triton"):
         pass

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from protojax.ops import moments
 from protojax.ops.gaussian import gaussian_scores
 from protojax.ops.lse import lse
-from protojax.ops.moments import accumulate
+from protojax.ops.moments import accumulate, gaussian_moments
 from tests.ops import twins
 from tests.ops.cases import TILES, D, K, N, close, side, weights
 
@@ -121,6 +122,51 @@ def test_gaussian_scores_are_log_densities(covariance, shift):
     )(beta)
     found = twins.logits(*scores[:3]) + scores.row_offset[:, None]
     close(found, beta * (log_weights[None, :] + density), 1e-12 if shift == 0.0 else 1e-10)
+
+
+@pytest.mark.parametrize("covariance", list(VARIANCES))
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "two_sweeps"])
+def test_gaussian_moments_are_an_e_step(monkeypatch, covariance, chunked):
+    """Statistics and log-likelihoods by definition; masked rows may hold anything; peaked components (s2 = 1e-3)."""
+    if not chunked:
+        monkeypatch.setattr(moments, "completes_rows", lambda options: False)
+    features, means, log_weights = weights(0, N, D) + 5.0, weights(1, K, D) + 5.0, jax.nn.log_softmax(weights(3, K))
+    mask = mask_of()
+    for scale in (1.0, 1e-3):
+        variances = scale * (jnp.abs(weights(2, *VARIANCES[covariance])) + 0.3)
+        wide = {"diag": variances, "spherical": variances.reshape(-1, 1), "tied": variances.reshape(1, -1)}[covariance]
+        gap = features[:, None, :] - means[None, :, :]
+        table = -0.5 * jnp.sum(gap**2 / wide[None] + jnp.log(2 * math.pi * wide)[None], axis=-1) + log_weights[None, :]
+        share = jax.nn.softmax(table, axis=1) * mask[:, None].astype(jnp.float64)
+        dirty = jnp.where(mask[:, None], features, jnp.nan)
+        found, likelihood = gaussian_moments(
+            dirty, means, variances, log_weights, mask, covariance=covariance, second="diag", **TILES
+        )
+        close(found.count, jnp.sum(share, axis=0), 1e-9)
+        close(found.first, share.T @ features, 1e-9)
+        close(found.second, share.T @ features**2, 1e-9)
+        close(likelihood, jnp.where(mask, jax.nn.logsumexp(table, axis=1), 0.0), 1e-9)
+
+
+def test_shift_by_bound_or_by_maximum_gives_the_same():
+    """Small logits skip the search for their maximum; at any size the responsibilities are the same."""
+    queries, prototypes, bias = side(0, False)
+    features, every = weights(2, N, D), jnp.ones(N, bool)
+    for scale in (0.1, 1.0, 3.0, 30.0):
+        found, rows = accumulate(scale * queries, prototypes, bias, features, every, row_tile=8)
+        close(found.first, twins.moments(scale * queries, prototypes, bias, features, jnp.ones(N))[1])
+        close(rows, twins.lse(scale * queries, prototypes, bias))
+
+
+def test_shift_by_bound_keeps_float32_precision_at_its_edge():
+    """Logits within 59 of one another, K large: sums neither overflow nor lose the small rows."""
+    rows = jnp.asarray([[59.0], [-59.0], [0.0]], jnp.float32)
+    prototypes = jnp.concatenate([jnp.ones((2000, 1), jnp.float32), jnp.full((1, 1), 0.5, jnp.float32)])
+    bias = jnp.zeros(2001, jnp.float32)
+    found, normaliser = accumulate(rows, prototypes, bias, rows, jnp.ones(3, bool), second="none")
+    wide = [a.astype(jnp.float64) for a in (rows, prototypes, bias)]
+    np.testing.assert_allclose(normaliser, twins.lse(*wide), rtol=1e-6)
+    np.testing.assert_allclose(found.count, twins.moments(*wide, wide[0], jnp.ones(3))[0], rtol=1e-5)
 
 
 def test_excluded_component_has_no_responsibility():
