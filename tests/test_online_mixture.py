@@ -221,3 +221,204 @@ def test_rare_components_survive_drift_only_with_forgetting_by_evidence():
             totals[name].append(lost(model.cluster_centers_ if name == "k-means" else model.means_, truth))
     per_seed = {name: np.array(counts) for name, counts in totals.items()}
     assert per_seed["responsibility"].sum() == 0
+
+
+# ------------------------------------------------------------------------------------------------ the machinery
+def test_an_order_visits_each_row_once_without_an_array_of_all():
+    for rows in (1, 2, 3, 16, 97, 360):
+        order = Order(rows, np.random.RandomState(rows))
+        batches = [order.batch(start, 7) for start in range(0, rows, 7)]
+        np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(rows))
+        assert all(np.all(np.diff(batch) > 0) for batch in batches)
+
+
+def test_blocks_padding_and_tiles_change_nothing(monkeypatch, tmp_path):
+    """One padded block, many streamed blocks of a file on disk with a ragged tail, tiles of 2: the same numbers."""
+    data, _ = planted(6, rows=331)
+    expected = fitted(data, 3, **start(data))
+    stored = np.lib.format.open_memmap(tmp_path / "rows.npy", mode="w+", dtype=np.float64, shape=data.shape)
+    stored[:] = data
+    monkeypatch.setattr(programs, "LARGEST", 64)
+    monkeypatch.setattr(programs, "KEPT_BYTES", 0)
+    blocks = programs.Blocks(stored, stored.dtype)
+    assert [mask.sum() for _, mask in blocks] == [64] * 5 + [11]
+    assert blocks.kept is None
+    found = fitted(np.load(tmp_path / "rows.npy", mmap_mode="r"), 3, tile=2, **start(data))
+    np.testing.assert_allclose(found.means_, expected.means_, rtol=1e-10)
+    np.testing.assert_allclose(found.covariances_, expected.covariances_, rtol=1e-9)
+    np.testing.assert_array_equal(found.predict(data), expected.predict(data))
+    np.testing.assert_allclose(found.score_samples(data), expected.score_samples(data), rtol=1e-10)
+
+
+def test_odd_sizes_compile_once():
+    data, _ = planted(7)
+    model = fitted(data, 2, **start(data))
+    compiled = (programs.labels, programs._block_statistics, programs.m_step)
+    for rows in (40, 33, 64, 17):
+        model.predict(data[:rows])
+        model.partial_fit(data[:rows])
+        if rows == 40:
+            before = [program._cache_size() for program in compiled]
+    assert [program._cache_size() for program in compiled] == before
+
+
+def test_memory_does_not_grow_with_rows_times_components():
+    """The block of an E-step shrinks with its width, that of an argmax with the tile, and the compiled E-step of
+    K = 16,384 holds less than its N x K responsibilities would need, by far."""
+    assert programs.block_size(10**9, 65_536) * 65_536 <= programs.BLOCK_ENTRIES
+    assert programs.block_size(10**9, 8) == programs.LARGEST
+    count, rows, width = 16_384, 4096, 4
+    plan = OnlineGaussianMixture(count)._plan(full_batch=True)
+    shape = lambda *axes: jax.ShapeDtypeStruct(axes, np.float32)  # noqa: E731
+    scalar, components = shape(), {"mean": shape(count, width), "variance": shape(count, width)}
+    components |= {"log_weight": shape(count), "usage": shape(count)}
+    shared = {"center": shape(width), "scale": scalar, "updates": scalar, "beta": scalar}
+    state = {"components": components, "memory": {}, "shared": shared}
+    mask = jax.ShapeDtypeStruct((rows,), bool)
+    program = programs._block_statistics.lower(state, shape(rows, width), mask, plan).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 4 * rows * count / 8
+
+
+@pytest.mark.parametrize("given", [np.float32, np.float64, np.float16, np.int64])
+def test_precision_is_that_of_the_rows(given):
+    """float32 stays, float64 needs no flag, anything else becomes float64; JAX's own setting is left alone."""
+    data = (10 * planted(8)[0]).astype(given)
+    kept = np.float32 if given == np.float32 else np.float64
+    model = OnlineGaussianMixture(3, random_state=0).fit(data)
+    model.partial_fit(data[:50])
+    readings = [model.means_, model.covariances_, model.weights_, model.score_samples(data), model.predict_proba(data)]
+    assert {a.dtype for a in readings} == {np.dtype(kept)}
+    assert model.predict(data).dtype == np.int64
+    assert model.weights_.sum() == pytest.approx(1.0, abs=1e-6)
+    assert not jax.config.jax_enable_x64
+
+
+def test_pickling_in_mid_stream_changes_nothing():
+    data, _ = planted(9)
+    model = OnlineGaussianMixture(3, random_state=0).partial_fit(data[:100])
+    copy = pickle.loads(pickle.dumps(model))
+    for stream in (model, copy):
+        stream.partial_fit(data[100:200])
+    np.testing.assert_array_equal(copy.means_, model.means_)
+    np.testing.assert_array_equal(copy.predict(data), model.predict(data))
+
+
+def test_revival_brings_back_a_component_that_nothing_reaches():
+    """A component that starts 1,000 away from all rows stays there; with revival it finds the cluster without one."""
+    data, _ = planted(10)
+    options = {**start(data), "means_init": np.stack([CENTRES[0], CENTRES[1], np.full(4, 1000.0)])}
+    near = lambda model: np.linalg.norm(model.means_ - CENTRES[2], axis=1).min() < 1.0  # noqa: E731
+    assert not near(fitted(data, 15, **options))
+    assert near(fitted(data, 15, revival=1, **options))
+
+
+@pytest.mark.parametrize("covariance", ["diag", "spherical", "tied_diag"])
+def test_samples_have_the_moments_of_the_mixture(covariance):
+    data, _ = planted(11)
+    model = OnlineGaussianMixture(3, covariance_type=covariance, random_state=0).fit(data)
+    rows, which = model.sample(20_000)
+    assert np.all(np.diff(which) >= 0)
+    for k in range(3):
+        mine = rows[which == k]
+        full = np.broadcast_to(model.covariances_[k] if covariance != "tied_diag" else model.covariances_, (4,))
+        assert len(mine) / len(rows) == pytest.approx(model.weights_[k], abs=5 * 0.5 / math.sqrt(len(rows)))
+        # Five standard errors of a mean and of a variance.
+        assert np.all(np.abs(mine.mean(0) - model.means_[k]) < 5 * np.sqrt(full / len(mine)))
+        assert np.all(np.abs(mine.var(0) / full - 1) < 5 * math.sqrt(2 / len(mine)))
+
+
+def test_one_component_and_feature_names():
+    pandas_like = planted(12)[0]
+    model = OnlineGaussianMixture().fit(pandas_like)
+    np.testing.assert_allclose(model.means_[0], pandas_like.mean(0), rtol=1e-10)
+    np.testing.assert_allclose(model.covariances_[0], pandas_like.var(0) + 1e-6, rtol=1e-10)
+    np.testing.assert_array_equal(model.predict_proba(pandas_like), np.ones((300, 1)))
+    assert model.n_features_in_ == 4
+
+
+def test_far_logits_stay_finite():
+    """Rows 1e4 standard deviations from every component: logits of -5e7, in float32."""
+    data, _ = planted(13, dtype=np.float32)
+    model = fitted(data, 3, **start(data))
+    far = data[:5] + np.float32(1e4)
+    assert np.all(np.isfinite(model.score_samples(far)))
+    np.testing.assert_allclose(model.predict_proba(far).sum(1), 1.0, rtol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_components": 0}, "n_components: expected an integer of at least 1"),
+        ({"n_components": 301}, "Expected n_samples >= n_components"),
+        ({"covariance_type": "full"}, "covariance_type: expected one of"),
+        ({"forgetting": "responsability"}, "did you mean 'responsibility'"),
+        ({"init_params": "kmeans++"}, "did you mean 'k-means++'"),
+        ({"batch_size": 0}, "batch_size: expected an integer of at least 1"),
+        ({"batch_size": 50, "eta": 1.5}, r"eta: expected values in \(0, 1\]"),
+        ({"annealing": 0.0}, r"annealing: expected values in \(0, 1\]"),
+        ({"reg_covar": -1.0}, "reg_covar: expected a finite number of at least 0"),
+        ({"max_iter": 0}, "max_iter: expected an integer of at least 1"),
+        ({"means_init": np.zeros((2, 3))}, r"means_init: expected shape \(2, 4\), got \(2, 3\)"),
+        ({"means_init": np.full((2, 4), np.nan)}, "means_init: expected finite values"),
+        ({"weights_init": [0.5, 0.6]}, "weights_init: expected non-negative values that sum to 1"),
+        ({"precisions_init": -np.ones((2, 4))}, "precisions_init: expected positive values"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_parameters_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        OnlineGaussianMixture(**{"n_components": 2, **options}).fit(planted(14)[0])
+
+
+def test_bad_rows_are_refused():
+    data, _ = planted(15)
+    model = OnlineGaussianMixture(3)
+    with pytest.raises(NotFittedError, match="not fitted yet"):
+        model.predict(data)
+    for value in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="NaN|infinity"):
+            model.fit(np.where(np.arange(4) == 1, value, data))
+    with pytest.raises(ValueError, match="Found array with 0 sample"):
+        model.fit(data[:0])
+    with pytest.raises(ValueError, match="Expected 2D array, got 1D array"):
+        model.fit(data[0])
+    with pytest.raises(ValueError, match=r"needs n_samples >= n_components.*means_init"):
+        model.partial_fit(data[:2])
+    with pytest.raises(TypeError, match="n_components: expected an integer, got float"):
+        OnlineGaussianMixture(3.0).fit(data)
+    with pytest.raises(TypeError, match="reg_covar: expected a number, got str"):
+        OnlineGaussianMixture(reg_covar="small").fit(data)
+    with pytest.raises(ValueError, match="leave the range of float32"):
+        OnlineGaussianMixture(1).fit(np.float32(1e30) * data.astype(np.float32))
+    model.partial_fit(data)
+    for method in (model.predict, model.partial_fit):
+        with pytest.raises(ValueError, match="expecting 4 features"):
+            method(data[:, :3])
+    with pytest.raises(ValueError, match="cannot continue from means of shape"):
+        model.set_params(n_components=2).partial_fit(data)
+    with pytest.raises(ValueError, match="n_samples: expected an integer of at least 1"):
+        model.sample(0)
+
+
+def test_an_end_before_convergence_is_a_warning():
+    data, _ = planted(16)
+    with pytest.warns(ConvergenceWarning, match="did not converge within 2 iterations"):
+        OnlineGaussianMixture(3, max_iter=2, tol=0.0, random_state=0).fit(data)
+
+
+@pytest.mark.slow
+def test_sixty_five_thousand_components():
+    """K = 65,536 in 16 dimensions: rows next to known means find them, and a stream moves the state, in blocks."""
+    rng = np.random.default_rng(17)
+    means = 3 * rng.normal(size=(65_536, 16)).astype(np.float32)
+    chosen = rng.integers(65_536, size=100)
+    rows = means[chosen] + 0.01 * rng.normal(size=(100, 16)).astype(np.float32)
+    model = OnlineGaussianMixture(
+        65_536, covariance_type="tied_diag", means_init=means, precisions_init=np.full(16, 1e2)
+    )
+    model.partial_fit(rows)
+    np.testing.assert_array_equal(model.predict(rows), chosen)
+    proba = model.predict_proba(rows[:5])
+    np.testing.assert_array_equal(proba.argmax(1), chosen[:5])
+    np.testing.assert_allclose(proba.sum(1), 1.0, rtol=1e-5)
