@@ -25,17 +25,33 @@ def _estimator(name: str, **options: object) -> Change:
     return change
 
 
-def _option(**options: object) -> Change:
+def _mixture_option(**options: object) -> Change:
     def change(c: ml_collections.ConfigDict) -> None:
+        if c.method.estimator.name != "mixture":
+            _estimator("mixture")(c)
         for k, v in options.items():
             c.method.estimator[k] = v
 
     return change
 
 
+def _dino(c: ml_collections.ConfigDict) -> None:
+    """DINO's loss, unit features and centred teacher logits in place of CARP's."""
+    c.method.objective = ml_collections.ConfigDict({"dino": {"weight": 1.0}})
+    c.method.head = component("dino", **{k: v for k, v in c.method.head.items() if k in ("layers", "hidden", "dim")})
+    c.method.logit_center = 0.9
+    if "features" in c.method.estimator or c.method.estimator.name in ("mixture", "learned", "frozen"):
+        c.method.estimator.features = "unit"
+
+
 def _joint_koleo(c: ml_collections.ConfigDict) -> None:
     _estimator("learned")(c)
     c.method.objective.koleo_proto = ml_collections.ConfigDict({"weight": 0.1})
+
+
+def _joint_dino(c: ml_collections.ConfigDict) -> None:
+    _estimator("learned")(c)
+    _dino(c)
 
 
 def _changed(part: ml_collections.ConfigDict, **options: object) -> ml_collections.ConfigDict:
@@ -50,11 +66,10 @@ ARMS: dict[str, Change] = {
     "joint_koleo": _joint_koleo,
     "mixture": _estimator("mixture"),
     "balanced": _estimator("balanced"),
-    "no_annealing": _option(beta=1.0),
-    "uniform_forgetting": _option(forgetting="uniform"),
-    "no_centering": _option(center=False),
-    "no_price": _option(price=0.0),
-    "no_revival": _option(revive=0),
+    "uniform_forgetting": _mixture_option(forgetting="uniform"),
+    "no_centering": _mixture_option(center=False),
+    "decoupled_dino": _dino,
+    "joint_dino": _joint_dino,
 }
 
 

@@ -43,7 +43,10 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is learned and how. Exactly one of `epochs` and `steps` is set."""
+    """What is learned and how. Exactly one of `epochs` and `steps` is set (0 unsets one).
+
+    logit_center: momentum of DINO's centre of the teacher's logits (0.9 there); None: no centre.
+    """
 
     workload: str = "prototypes"
     epochs: float | None = None
@@ -56,6 +59,7 @@ class Method:
     optim: Component = Component("adamw")
     teacher: Teacher = Teacher()
     dtype: str = "float32"
+    logit_center: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,10 +334,10 @@ def _validate(c: Config) -> None:
             raise ValueError(f"config.{path}: expected {expected}, got {given!r}.")
 
     m, d, e, s, r = c.method, c.data, c.evals, c.system, c.run
-    if (m.epochs is None) == (m.steps is None):
+    if bool(m.epochs) == bool(m.steps):
         raise ValueError(f"config.method: set exactly one of epochs and steps, got {m.epochs!r} and {m.steps!r}.")
-    require(m.epochs is None or m.epochs > 0, "method.epochs", "a positive number", m.epochs)
-    require(m.steps is None or m.steps > 0, "method.steps", "a positive number", m.steps)
+    require((m.epochs or 0) >= 0, "method.epochs", "a positive number", m.epochs)
+    require((m.steps or 0) >= 0, "method.steps", "a positive number", m.steps)
     require(m.dtype in ("float32", "bfloat16"), "method.dtype", "'float32' or 'bfloat16'", m.dtype)
     require(0 <= m.teacher.start <= m.teacher.end <= 1, "method.teacher", "0 <= start <= end <= 1", m.teacher)
     require(m.teacher.schedule in ("cosine", "constant"), "method.teacher.schedule", "'cosine' or 'constant'",

@@ -199,6 +199,8 @@ def build_prototypes(config: Config) -> Recipe:
     steps = method.steps or max(1, round((method.epochs or 0) * found["train"].spec.size / config.data.batch_size))
     encoder = _encoder(config, dtype)
     estimator: Estimator = _part("estimator", method.estimator, ESTIMATORS)
+    if method.logit_center is not None:
+        estimator = estimator_lib.with_logit_center(estimator, method.logit_center, features=reading(config))
     terms = {}
     for name, part in method.objective.items():
         timed = {"total_steps": steps} if "total_steps" in options_of(OBJECTIVES.get(part.name, _evaluations)) else {}

@@ -41,12 +41,9 @@ def _parse(arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
     """(flags, what is left). Raises ValueError for an unknown flag or key, or a value of another type."""
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "where the run is written (default: runs/NAME-ARM)", flag_values=values)
-    for name, text in (
-        ("dry_run", "print the configuration, shapes, parameter counts and memory; train nothing"),
-        ("version", "print the version"),
-        ("help", "print this"),
-    ):
-        flags.DEFINE_bool(name, False, text, flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "print configuration, shapes and memory; train nothing", flag_values=values)
+    flags.DEFINE_bool("version", False, "print the version", flag_values=values)
+    flags.DEFINE_bool("help", False, "print this", flag_values=values)
     file, rest = split_arguments(arguments)
     argv = ["protojax train", *rest]
     try:

@@ -276,6 +276,8 @@ class OnlineGaussianMixture(DensityMixin, BaseEstimator):
         )
         return programs.Plan(options, float(self.reg_covar), checks.integer("tile", self.tile, 1))
 
+    # A weight of 0 excludes its component; values whose squares overflow are reported by the first step.
+    @np.errstate(divide="ignore", over="ignore", invalid="ignore")
     def _initial(self, X: np.ndarray, plan: programs.Plan, random: Any) -> PyTree:
         """Engine state started from (a sample of) the rows of X, and from what the user gave."""
         count, limit = plan.options.components, max(SEED_ROWS, 2 * plan.options.components)
@@ -303,8 +305,7 @@ class OnlineGaussianMixture(DensityMixin, BaseEstimator):
             labels = np.zeros(len(sample), np.int32)
             programs.by_blocks(programs.labels, sample, labels, equal, nearest, min(count, plan.tile))
             scatter = np.mean((sample - np.asarray(means)[labels]) ** 2, axis=0)
-        with np.errstate(divide="ignore"):  # a weight of 0 excludes its component
-            log_weights = jnp.asarray(np.log(weights))
+        log_weights = jnp.asarray(np.log(weights))
         variances = scatter if precisions is None else 1.0 / precisions - np.asarray(plan.reg_covar, X.dtype)
         parts = programs.Parameters(jnp.asarray(means), jnp.asarray(variances), log_weights)
         return programs.initial_state(parts, jnp.asarray(center), shared, plan)

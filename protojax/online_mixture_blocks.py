@@ -164,8 +164,8 @@ def _seeds(features: Array, mask: Array, key: Key, count: int, method: str) -> s
     return seeding.seed_components(features, mask, count, key, method)
 
 
-def seeds(sample: np.ndarray, key: Key, count: int, method: str) -> seeding.Seeds:
-    """`seeding.seed_components` on the rows of sample [M,D], in its dtype."""
+def seeds(sample: np.ndarray, key: Key, count: int, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """(means [K,D], variance [D]) of `seeding.seed_components` on the rows of sample [M,D], in its dtype."""
     # Which rows are drawn needs no float64, which an accelerator would pay for dearly; in units of the largest entry no
     # squared distance leaves the range of float32.
     scale = np.maximum(np.max(np.abs(sample)), np.finfo(sample.dtype).tiny)
@@ -173,7 +173,7 @@ def seeds(sample: np.ndarray, key: Key, count: int, method: str) -> seeding.Seed
         rows, mask = padded((sample / scale).astype(np.float32), padded_size(len(sample)))
         found = _seeds(rows, mask, key, count, method)
     means, variance = (np.asarray(part).astype(sample.dtype) for part in found)
-    return seeding.Seeds(means * scale, variance * scale**2)  # type: ignore[arg-type]
+    return means * scale, variance * scale * scale
 
 
 @partial(jax.jit, static_argnames=("shared_variance", "plan"))

@@ -134,20 +134,20 @@ def step(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[TrainState, M
         estimator=estimator,
     )
     one = jnp.ones((), jnp.float32)
-    norm = optax.tree.norm(gradient)
+    norm, moved = optax.tree.norm(gradient), optax.tree.norm(updates)
     numbers = {("loss/total" if k == "loss" else f"loss/{k}"): v for k, v in terms.items()} | dict(info)
-    numbers |= {"grad_norm": (norm, one), "update_norm": (optax.tree.norm(updates), one)}
-    return new_state, numbers, _finite(state.step, loss, gradient)
+    numbers |= {"grad_norm": (norm, one), "update_norm": (moved, one)}
+    return new_state, numbers, _finite(state.step, loss, moved, gradient)
 
 
-def _finite(step: Array, loss: Array, gradient: PyTree) -> dict[str, Array]:
-    """{'step', 'leaf'}: this step and the first non-finite array of it (0 the loss, i + 1 leaf i of the gradient), or
-    NEVER twice."""
-    ok = jnp.stack([jnp.isfinite(loss), *(jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradient))])
+def _finite(step: Array, loss: Array, moved: Array, gradient: PyTree) -> dict[str, Array]:
+    """{'step', 'leaf'}: this step and the first non-finite array of it (leaf i of the gradient, then the loss, then the
+    norm of the update), or NEVER twice."""
+    arrays = [*jax.tree.leaves(gradient), loss, moved]
+    ok = jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays])
     bad = ~jnp.all(ok)
     never = jnp.int32(NEVER)
-    leaf = jnp.argmin(ok[1:]).astype(jnp.int32) + 1
-    leaf = jnp.where(jnp.all(ok[1:]), 0, leaf)
+    leaf = jnp.argmin(ok).astype(jnp.int32)
     return {"step": jnp.where(bad, step + 1, never), "leaf": jnp.where(bad, leaf, never)}
 
 
@@ -175,10 +175,8 @@ def first_bad(state: TrainState, bad: Mapping[str, Any]) -> str | None:
     at, leaf = int(bad["step"]), int(bad["leaf"])
     if at == NEVER:
         return None
-    names = [
-        "the loss",
-        *(f"the gradient of {path_of(p)}" for p, _ in jax.tree_util.tree_leaves_with_path(state.params)),
-    ]
+    parameters = [f"the gradient of {path_of(p)}" for p, _ in jax.tree_util.tree_leaves_with_path(state.params)]
+    names = [*parameters, "the loss", "the update"]
     return f"step {at}: {names[leaf]}"
 
 

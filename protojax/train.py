@@ -123,6 +123,12 @@ def resume(session: Session, checkpoints: Checkpoints) -> tuple[int, TrainState]
             )
 
     found = checkpoints.restore_latest(session.shapes, session.shardings, accept, session.options.say)
+    damaged = sorted(session.options.workdir.glob("damaged-*"))
+    if found is None and damaged:
+        raise CheckpointError(
+            f"{session.options.workdir} holds damaged checkpoints ({', '.join(p.name for p in damaged)}) and no good one. "
+            "To begin again give another --workdir, or delete them."
+        )
     return None if found is None else (found[0], found[1])
 
 

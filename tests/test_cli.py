@@ -42,7 +42,12 @@ def trained(monkeypatch):
 # ----------------------------------------------------------------------------------------- flags and overrides
 @pytest.mark.parametrize(
     ("argument", "arm", "smoke"),
-    [("", "decoupled", False), (":joint", "joint", False), (":smoke", "decoupled", True), (":arm=joint,smoke", "joint", True)],
+    [
+        ("", "decoupled", False),
+        (":joint", "joint", False),
+        (":smoke", "decoupled", True),
+        (":arm=joint,smoke", "joint", True),
+    ],
 )
 def test_forms_of_the_config_argument_and_the_default_workdir(trained, argument, arm, smoke):
     assert main([f"--config=quickstart{argument}"]) == 0
@@ -99,7 +104,7 @@ def test_version(command, capsys):
 def test_help_names_the_flags(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(flag in out for flag in ("--config", "--workdir", "dry_run", "--config.key=value"))
+    assert all(flag in out for flag in ("--config=", "--config.", "--workdir", "dry_run"))
     with pytest.raises(SystemExit) as leaving:
         cli.main(["--help"])
     assert leaving.value.code == 0
@@ -162,14 +167,15 @@ def test_the_traceback_is_there_on_request(monkeypatch, capsys):
         ([SMOKE, "--config.method.estimator.centre=False"], ["'centre'", 'Did you mean "center"']),
         ([SMOKE, "--config.data.batch_size=many"], ["config.data.batch_size=many", "int"]),
         ([SMOKE, "--config.evals.every=2"], ["config.evals.every: expected a fraction of the run in (0, 1], got 2.0"]),
-        ([SMOKE, "--config.method.steps=0"], ["config.method.steps: expected a positive number, got 0"]),
+        ([SMOKE, "--config.method.steps=-1"], ["config.method.steps: expected a positive number, got -1"]),
+        ([SMOKE, "--config.method.epochs=2"], ["set exactly one of epochs and steps, got 2.0 and 2"]),
         ([SMOKE, "--config.method.estimator.name=mixtur"], ["unknown estimator 'mixtur' (did you mean 'mixture'?)"]),
-        ([SMOKE, "--config.method.backbone.name=resnet-18"], ["unknown backbone 'resnet-18' (did you mean 'resnet18'?)"]),
+        ([SMOKE, "--config.method.backbone.name=resnet-18"], ["unknown backbone 'resnet-18' (did you mean 'resnet18'"]),
         ([SMOKE, "--config.method.workload=prompts"], ["unknown workload 'prompts'", "'prototypes'"]),
         ([SMOKE, "--config.data.source.name=sinthetic"], ["unknown data set 'sinthetic'; did you mean 'synthetic'?"]),
         ([SMOKE, "--config.method.head={'name': 'carp', 'widht': 3}"], ["head 'carp' has no option 'widht'"]),
-        ([SMOKE, "--config.method.head={'name': 'carp', 'dim': 'big'}"], ["option 'dim': expected int", "got str 'big'"]),
-        ([SMOKE, "--config.method.objective.carp.block=48"], ["K = 64 and block = 48"]),
+        ([SMOKE, "--config.method.head={'name': 'carp', 'dim': 'big'}"], ["'dim': expected int", "got str 'big'"]),
+        ([SMOKE, "--config.method.objective.carp.block=48"], ["must be a multiple of", "K = 64 and block = 48"]),
         ([SMOKE, "--config.data.batch_size=12"], ["data.batch_size = 12 does not divide over 8 devices"]),
         ([SMOKE, "--config.evals.batch_size=12"], ["evals.batch_size = 12 does not divide over 8 devices"]),
         ([SMOKE, "--config.system.data=3"], ["got 3 x 1, there are 8 devices", "Use -1"]),
@@ -208,7 +214,10 @@ FOLDER = "{'name': 'image_folder', 'canvas': 32, 'on_corrupt': 'error', 'verify'
 @pytest.mark.parametrize(
     ("damage", "messages"),
     [
-        (lambda r: (r / "train/class_0/bad.png").write_bytes(b"\x89PNG"), ["cannot decode", "class_0/bad.png", "on_corrupt"]),
+        (
+            lambda r: (r / "train/class_0/bad.png").write_bytes(b"\x89PNG"),
+            ["cannot decode", "class_0/bad.png", "on_corrupt"],
+        ),
         (lambda r: (r / "train/class_2").mkdir(), ["class 'class_2' has no image in", "remove or fill them"]),
         (lambda r: [f.unlink() for f in r.glob("test/*/*")], ["no images below", ".png"]),
         (lambda r: (r / "train/class_0/000.png").rename(r / "train/000.png"), ["labels missing", "000.png"]),

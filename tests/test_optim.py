@@ -13,8 +13,16 @@ from protojax import optim
 from protojax.config import options_of
 
 STEPS = 20
-PARAMS = {"kernel": jnp.asarray([[3.0, -4.0], [0.0, 12.0]]), "bias": jnp.asarray([2.0, -1.0]), "scale": jnp.asarray(5.0)}
-GRADIENT = {"kernel": jnp.asarray([[0.3, 0.0], [-0.4, 1.2]]), "bias": jnp.asarray([0.5, 0.25]), "scale": jnp.asarray(-2.0)}
+PARAMS = {
+    "kernel": jnp.asarray([[3.0, -4.0], [0.0, 12.0]]),
+    "bias": jnp.asarray([2.0, -1.0]),
+    "scale": jnp.asarray(5.0),
+}
+GRADIENT = {
+    "kernel": jnp.asarray([[0.3, 0.0], [-0.4, 1.2]]),
+    "bias": jnp.asarray([0.5, 0.25]),
+    "scale": jnp.asarray(-2.0),
+}
 ZERO = jax.tree.map(jnp.zeros_like, PARAMS)
 
 

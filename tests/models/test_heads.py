@@ -16,7 +16,7 @@ def test_papers_sizes(key):
     shapes = jax.eval_shape(functional(HEADS["carp"], 2048).init, key)
     dense = 2048 * 2048 * 2 + 2048 * 256 + 256
     assert count_parameters(shapes["params"]) == dense + 2 * 2 * 2048
-    assert count_parameters(shapes["stats"]) == 2 * 2 * 2048
+    assert count_parameters(shapes["stats"]) == 2 * (2 * 2048 + 1)  # mean, var, and the number of updates
     shapes = jax.eval_shape(functional(HEADS["dino"], 384).init, key)
     assert count_parameters(shapes["params"]) == 384 * 2048 + 2048 * 2048 + 2 * 2048 + 2048 * 256 + 256
     assert shapes["stats"] == {}

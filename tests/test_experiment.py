@@ -1,0 +1,189 @@
+"""Config -> Recipe: what every part is given, and what is refused before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from protojax import experiment
+from protojax import step as step_lib
+from protojax.api import Recipe
+from protojax.config import Component, LongTail, defaults, freeze, options_of
+from protojax.data import views
+from tests.toy import config_dict, toy_config
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return experiment.build(toy_config())
+
+
+def changed(config, **method):
+    return dataclasses.replace(config, method=dataclasses.replace(config.method, **method))
+
+
+# --------------------------------------------------------------------------------------------------------- fill
+def test_fill_makes_every_option_of_every_component_known():
+    """After `fill`, what the command line may set is what `build` accepts: each table's signature, no more."""
+    c = config_dict("quickstart", "smoke")
+    tables = {
+        "backbone": experiment.BACKBONES, "head": experiment.HEADS, "estimator": experiment.ESTIMATORS,
+        "views": experiment.VIEWS, "optim": experiment.optim.OPTIMIZERS,
+    }  # fmt: skip
+    for part, table in tables.items():
+        accepted = set(options_of(table[c.method[part].name])) - set(experiment._GIVEN)
+        assert set(c.method[part]) - {"name"} <= accepted, part
+        offered = {k for k in accepted if k in c.method[part]}
+        assert len(offered) >= len(accepted) - 1, (part, accepted - offered)  # a table's default may be a structure
+    assert c.is_locked
+    assert set(c.data.source) == {"name", "size", "classes", "side", "seed"}
+    frozen = freeze(c)
+    assert experiment.build(frozen).total_steps == 2
+
+
+def test_fill_keeps_what_a_config_says():
+    c = defaults()
+    c.method.steps = 3
+    c.method.optim.peak_lr = 0.125
+    c.method.objective = {"one": {"name": "carp", "block": 8}, "koleo_proto": {"weight": 0.5}}
+    experiment.fill(c)
+    assert (c.method.optim.peak_lr, c.method.objective.one.block, c.method.objective.one.weight) == (0.125, 8, 1.0)
+    assert (c.method.objective.koleo_proto.name, c.method.objective.koleo_proto.weight) == ("koleo_proto", 0.5)
+
+
+def test_the_published_views_are_the_defaults_of_the_free_ones():
+    assert experiment.multicrop() == views.CARP_VIEWS()
+    assert experiment.multicrop(local_count=0)[1] is None
+    assert experiment.multicrop(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_count=8) == views.DINO_VIEWS()
+
+
+# ------------------------------------------------------------------------------------------------------ sources
+def test_sources_shuffle_training_and_pass_once_over_the_splits(recipe):
+    specs = {name: source.spec for name, source in recipe.sources.items()}
+    assert set(specs) == {"train", "bank", "test"}
+    assert (specs["train"].batch_size, specs["bank"].batch_size, specs["test"].batch_size) == (16, 32, 32)
+    order = np.concatenate([recipe.sources["train"].batch(t)["index"] for t in range(4)])
+    assert sorted(order) == list(range(64))
+    assert list(order) != list(range(64))
+    ordered = np.concatenate([recipe.sources["bank"].batch(t)["index"] for t in range(2)])
+    assert list(ordered) == list(range(64))
+    for key, counts in specs["train"].counts.items():  # groups are defined by training counts, wherever they are used
+        assert all(np.array_equal(specs[split].counts[key], counts) for split in ("bank", "test"))
+
+
+def test_a_long_tail_is_made_of_the_training_split_alone():
+    config = toy_config()
+    tailed = dataclasses.replace(config, data=dataclasses.replace(config.data, longtail=LongTail(8.0, 0, None)))
+    sources = experiment.sources(tailed)
+    counts = sources["train"].spec.counts["fine"]
+    # floor(16 * 8^(-r/3)) for r = 0..3, in an order that the seed decides
+    assert sorted(counts.tolist(), reverse=True) == [16, 8, 4, 2]
+    assert sources["bank"].spec.size == counts.sum() == sources["train"].spec.size
+    assert sources["test"].spec.size == 64
+    np.testing.assert_array_equal(sources["test"].spec.counts["fine"], counts)
+    found = experiment.images(tailed)(np.arange(3))
+    np.testing.assert_array_equal(found, sources["bank"].batch(0)["image"][:3])
+    missing = dataclasses.replace(tailed, evals=dataclasses.replace(tailed.evals, labels=("tail",)))
+    with pytest.raises(ValueError, match=r"longtail needs labels 'tail'; synthetic/train has \['coarse', 'fine'\]"):
+        experiment.build(missing)
+
+
+def test_the_seed_orders_the_training_split_and_nothing_else():
+    a, b = (experiment.sources(dataclasses.replace(toy_config(), seed=seed)) for seed in (0, 1))
+    assert not np.array_equal(a["train"].batch(0)["index"], b["train"].batch(0)["index"])
+    for split in ("bank", "test"):
+        np.testing.assert_array_equal(a[split].batch(1)["image"], b[split].batch(1)["image"])
+
+
+# ------------------------------------------------------------------------------------------------- the recipe
+def test_epochs_become_steps():
+    """steps = round(epochs x images / batch), at least one."""
+    config = toy_config()
+    for epochs, steps in ((1.0, 4), (2.5, 10), (0.01, 1)):
+        assert experiment.build(changed(config, epochs=epochs, steps=None)).total_steps == steps
+
+
+def test_teacher_rows_stand_image_by_image():
+    """Row b V + v is view v of image b, and inherits the mask of its image."""
+    image = jnp.arange(2 * 3 * 4, dtype=jnp.float32).reshape(2, 3, 4)
+    rows = experiment.teacher_rows({"image": image}, {"mask": jnp.asarray([True, False, True])})
+    assert rows["features"].shape == (6, 4)
+    for b in range(3):
+        for v in range(2):
+            np.testing.assert_array_equal(rows["features"][b * 2 + v], image[v, b])
+    assert rows["mask"].tolist() == [True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("arm", ["decoupled", "joint"])
+def test_an_objective_is_given_what_build_promised(arm):
+    """Names against which requirements are checked are the names that the step passes on."""
+    recipe = experiment.build(toy_config(arm))
+    seen = {}
+
+    def loss(params, inputs):
+        seen.update(inputs)
+        return recipe.objective.loss(params, inputs)
+
+    spied = recipe._replace(objective=recipe.objective._replace(loss=loss))
+    batch = recipe.sources["train"].batch(0)
+    state = jax.eval_shape(lambda b: step_lib.init_state(spied, b), batch)
+    jax.eval_shape(lambda s, b: step_lib.step(spied, s, b), state, batch)
+    promised = experiment._available(recipe.estimator)
+    assert {name.split("/")[0] for name in promised} == set(seen)
+    assert recipe.objective.requires <= set(promised)
+    assert any(name.startswith("head/") for name in promised) == (arm == "joint")
+
+
+def test_teacher_momentum_and_its_schedule():
+    config = toy_config()
+    cosine = experiment.build(config).schedules["momentum"]
+    start, end = config.method.teacher.start, config.method.teacher.end
+    assert float(cosine(jnp.int32(0))) == pytest.approx(start)
+    assert float(cosine(jnp.int32(3))) == pytest.approx((start + end) / 2)  # half of six steps
+    assert float(cosine(jnp.int32(6))) == float(cosine(jnp.int32(99))) == pytest.approx(end)
+    teacher = dataclasses.replace(config.method.teacher, schedule="constant")
+    constant = experiment.build(changed(config, teacher=teacher)).schedules["momentum"]
+    assert float(constant(jnp.int32(5))) == pytest.approx(start)
+
+
+def test_evaluations_follow_the_labels():
+    config = toy_config()
+    names = lambda c: [e.name for e in experiment.build(c).evaluations]  # noqa: E731
+    assert names(config) == ["knn", "prototypes", "rank"]
+    assert names(dataclasses.replace(config, evals=dataclasses.replace(config.evals, labels=()))) == [
+        "prototypes",
+        "rank",
+    ]
+
+
+def test_the_reading_of_features_is_the_estimators():
+    config = toy_config()
+    assert experiment.reading(config) == "unit"
+    options = {**config.method.estimator.options, "features": "raw"}
+    assert experiment.reading(changed(config, estimator=Component("mixture", options))) == "raw"
+    assert experiment.reading(toy_config("partial")) == "unit"  # capi has no such option
+
+
+# ------------------------------------------------------------------------------------------------------ mistakes
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"workload": "promts"}, ValueError, r"unknown workload 'promts'.*Known: \['prototypes'\]"),
+        ({"estimator": Component("mixtur")}, ValueError, r"unknown estimator 'mixtur' \(did you mean 'mixture'\?\)"),
+        ({"estimator": Component("mixture", {})}, ValueError, r"estimator 'mixture' needs \['components'\]"),
+        ({"optim": Component("adamw", {"peak_lr": "big"})}, TypeError, r"'peak_lr': expected float .*got str 'big'"),
+        ({"optim": Component("adam")}, ValueError, r"unknown optimiser 'adam' \(did you mean 'adamw'\?\)"),
+        ({"views": Component("carpp")}, ValueError, r"unknown views 'carpp' \(did you mean 'carp'\?\)"),
+        ({"views": Component("multicrop", {"global_scale": (1.0,)})}, ValueError, r"range \(low, high\)"),
+        ({"head": Component("carp", {"dimm": 3})}, ValueError, r"no option 'dimm' \(did you mean 'dim'\?\)"),
+        ({"objective": {"carp": Component("karp")}}, ValueError, r"unknown objective 'karp' \(did you mean 'carp'\?\)"),
+        ({"objective": {"carp": Component("carp", {"block": 7})}}, ValueError, r"K = 64 and block = 7"),
+    ],
+)
+def test_mistakes_are_refused_when_the_recipe_is_built(change, error, message):
+    with pytest.raises(error, match=message):
+        experiment.build(changed(toy_config(), **change))
