@@ -1,6 +1,7 @@
 """protojax: train encoders against prototypes that do not collapse.
 
-`protojax.load(workdir)` gives a trained encoder; `python -m protojax.main --config=quickstart` trains one.
+`python -m protojax.main --config=quickstart` trains an encoder; `protojax.load(workdir)` gives it to other code;
+`protojax.OnlineGaussianMixture` is the mixture behind it as a scikit-learn estimator.
 Reading order: train.py, step.py, api.py, then one of estimators/, objectives/, models/, data/, evals/.
 """
 
@@ -9,10 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["OnlineGaussianMixture", "__version__", "load"]
 
 if TYPE_CHECKING:
     from protojax.loading import load
+    from protojax.online_mixture import OnlineGaussianMixture
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from protojax.loading import load
 
         return load
+    if name == "OnlineGaussianMixture":
+        from protojax.online_mixture import OnlineGaussianMixture
+
+        return OnlineGaussianMixture
     raise AttributeError(f"module 'protojax' has no attribute {name!r}")

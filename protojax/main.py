@@ -10,8 +10,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from protojax import __version__
-from protojax.cli import guarded
 from protojax.configs_path import load, split_arguments
+from protojax.errors import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -125,8 +125,9 @@ def resume(session: Session, checkpoints: Checkpoints) -> tuple[int, TrainState]
     found = checkpoints.restore_latest(session.shapes, session.shardings, accept, session.options.say)
     damaged = sorted(session.options.workdir.glob("damaged-*"))
     if found is None and damaged:
+        names = ", ".join(p.name for p in damaged)
         raise CheckpointError(
-            f"{session.options.workdir} holds damaged checkpoints ({', '.join(p.name for p in damaged)}) and no good one. "
+            f"{session.options.workdir} holds damaged checkpoints ({names}) and no good one. "
             "To begin again give another --workdir, or delete them."
         )
     return None if found is None else (found[0], found[1])
@@ -174,7 +175,7 @@ def run(recipe: Recipe, options: Options) -> Result:
 
 
 def _run(session: Session, checkpoints: Checkpoints, stop: StopFlag) -> Result:
-    recipe, options = session.recipe, session.options
+    options = session.options
     found = resume(session, checkpoints)
     first, state = found if found else (0, initial_state(session))
     main = jax.process_index() == 0

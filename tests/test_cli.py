@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protojax import __version__, cli, running
+from protojax import __version__, cli, errors, running
 from protojax.main import main
 
 SMOKE = "--config=quickstart:smoke"
@@ -272,5 +272,5 @@ def test_every_error_is_one_line(capsys):
     def fail():
         raise ValueError("first\n  second")
 
-    assert cli.guarded(fail) == 2
+    assert errors.guarded(fail) == 2
     assert capsys.readouterr().err == "protojax: error: first second\n"

@@ -278,8 +278,9 @@ def test_mistakes_in_loading(run, copy, tmp_path):
     with pytest.raises(ValueError, match=r"config.json is damaged"):
         protojax.load(copy)
     shutil.copy(run.workdir / "config.json", copy)
-    data = max((copy / "checkpoints" / str(STEPS) / "state").rglob("*"), key=lambda path: path.stat().st_size)
-    data.write_bytes(data.read_bytes()[:-1] + bytes([data.read_bytes()[-1] ^ 255]))
+    for file in (copy / "checkpoints" / str(STEPS) / "state").rglob("d/*"):
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 255]))
     with pytest.raises(CheckpointError, match=r"checkpoints/2 is damaged or incomplete"):
         protojax.load(copy)
     shutil.rmtree(copy / "checkpoints")

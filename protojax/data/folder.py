@@ -108,7 +108,9 @@ def _check_root(root: Path) -> None:
     if not root.exists():
         raise ValueError(f"no such folder: {root}; point data.root at the folder that holds the images")
     if not root.is_dir():
-        raise ValueError(f"{root} is a file; data.root must be a folder of images (use data.source.name 'npz' for an archive)")
+        raise ValueError(
+            f"{root} is a file; data.root must be a folder of images (use data.source.name 'npz' for an archive)"
+        )
 
 
 def _find(root: Path, split: str) -> tuple[Path, Path]:

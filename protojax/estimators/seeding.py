@@ -31,7 +31,9 @@ def seed_components(features: Array, mask: Array, count: int, key: Key, method: 
     key_rows, key_jitter, key_first = jax.random.split(key, 3)
     weight = mask.astype(features.dtype)
     rows = jnp.sum(weight)
-    order = jnp.argsort(jnp.where(mask, jax.random.uniform(key_first, mask.shape, features.dtype), 2.0))
+    order = jnp.argsort(jnp.where(mask, jax.random.uniform(key_first, mask.shape, features.dtype), 2.0)).astype(
+        jnp.int32
+    )
     draws = jax.random.uniform(key_rows, (count,), features.dtype)
     known = jnp.maximum(rows, 1.0).astype(jnp.int32)
 
