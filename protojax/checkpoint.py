@@ -68,15 +68,20 @@ def check_writable(directory: Path) -> None:
 class Checkpoints:
     """Numbered checkpoints below one directory."""
 
-    def __init__(self, directory: Path, keep: int = 2):
+    def __init__(self, directory: Path, keep: int = 2, read_only: bool = False):
+        """keep: how many stay. read_only: for a reader, which must neither make a folder nor tidy up what a running
+        job is just writing."""
         self.directory = Path(os.path.abspath(directory))
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
-            ),
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            create=False,
+            read_only=read_only,
+            enable_async_checkpointing=not read_only,
+            cleanup_tmp_directories=not read_only,
         )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""

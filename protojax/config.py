@@ -96,7 +96,6 @@ class Evals:
     knn_temperature: float = 0.07
     labels: tuple[str, ...] = ("fine",)
     groups: str = "inat"
-    max_bank: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

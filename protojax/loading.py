@@ -75,7 +75,7 @@ def restore(workdir: Path | str, step: int | None = None) -> tuple[Config, train
 
 
 def _read(workdir: Path | str, config: Config, step: int | None, shapes: Any, shardings: Any) -> TrainState:
-    checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=config.run.keep)
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
     try:
         steps = checkpoints.steps()
         if not steps:

@@ -204,15 +204,18 @@ def _train(
     options, total = session.options, session.recipe.total_steps
     loop = Loop(session, checkpoints, writer)
     if found:
-        writer.write("event", first, event="resume", text=f"resumed at step {first} of {total}")
-        options.say(f"resuming at step {first} of {total} from {checkpoints.directory}")
+        if first < total:
+            writer.write("event", first, event="resume", text=f"resumed at step {first} of {total}")
+            options.say(f"resuming at step {first} of {total} from {checkpoints.directory}")
+        else:
+            options.say(f"this run is finished ({total} steps): nothing is trained, only the report is written again")
         if not loop.evaluated(0):
             raise CheckpointError(f"{writer.path} lost the evaluation at step 0 that the checkpoint belongs to.")
     else:
         loop.evaluate(state, 0)
         loop.save(state, 0)
     state, at = loop.advance(state, first, stop)
-    probe = loop.evaluate(state, at) if at == total or not loop.evaluated(at) else None
+    probe = None if loop.evaluated(at) else loop.evaluate(state, at)
     checkpoints.wait()
     final, initial = loop.evaluated(at) or {}, loop.evaluated(0) or {}
     return Result(state, at, at == total, initial, final, loop.findings(), loop.rate(), probe)

@@ -145,7 +145,7 @@ def test_the_same_command_does_not_train_a_finished_run_again(run, copy):
     before = [path.stat().st_mtime_ns for path in sorted((copy / "checkpoints").rglob("*")) if path.is_file()]
     status, out = said(main, command(copy))
     assert status == 0
-    assert f"resuming at step {STEPS} of {STEPS}" in out
+    assert f"this run is finished ({STEPS} steps)" in out
     assert [entry for entry in kinds(copy) if entry[0] == "train"] == [("train", 1), ("train", 2)]
     after = [path.stat().st_mtime_ns for path in sorted((copy / "checkpoints").rglob("*")) if path.is_file()]
     assert before == after
