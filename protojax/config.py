@@ -178,7 +178,7 @@ def freeze(cfg: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     return config
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: Any, known: Iterable[str]) -> str:
     """' (did you mean ...?)' or ''."""
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -110,11 +110,6 @@ def evaluate(workdir: Path | str, step: int | None = None) -> dict[str, Any]:
     """The run's own evaluations on a checkpoint: the same numbers as in training."""
     _, session, state = restore(workdir, step)
     records = metrics.read_records(Path(workdir) / "metrics.jsonl")
-    initial: dict[str, Any] = next((r["metrics"] for r in records if r["kind"] == "eval" and r["step"] == 0), {})
+    initial = metrics.evaluated(records, 0) or {}
     probe = probing.make_probe(session.recipe, session.forward, state, session.mesh, initial)
-    numbers: dict[str, Any] = {"step": int(state.step)}
-    for evaluation in session.recipe.evaluations:
-        numbers |= evaluation.run(
-            probe, step_lib.stream(session.recipe.seed, f"evaluation/{evaluation.name}", probe.step)
-        )
-    return numbers
+    return {"step": probe.step, **probing.run_evaluations(session.recipe, probe)}

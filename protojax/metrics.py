@@ -91,6 +91,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def evaluated(records: list[dict[str, Any]], at: int) -> dict[str, Any] | None:
+    """Metrics of the last evaluation at step `at`, or None."""
+    return next((r["metrics"] for r in reversed(records) if r["kind"] == "eval" and r["step"] == at), None)
+
+
 class Writer:
     """Appends records to metrics.jsonl, TensorBoard and (extra) W&B. Writes on the first process only."""
 

@@ -72,3 +72,11 @@ def make_probe(
         info=info,
         initial=initial,
     )
+
+
+def run_evaluations(recipe: Recipe, probe: Probe) -> dict[str, Any]:
+    """What all evaluations of the recipe say of the probe, in one record: the same in training and afterwards."""
+    numbers: dict[str, Any] = {}
+    for evaluation in recipe.evaluations:
+        numbers |= evaluation.run(probe, stream(recipe.seed, f"evaluation/{evaluation.name}", probe.step))
+    return numbers

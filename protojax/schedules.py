@@ -17,7 +17,6 @@ its end neither warms up again nor extrapolates.
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +24,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from protojax.config import suggest
 
 Array = jax.Array
 Schedule = Callable[[Array | float], Array]
@@ -39,9 +40,7 @@ def check_choice(what: str, given: Any, known: Iterable[str]) -> str:
     names = list(known)
     if given in names:
         return str(given)
-    close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"{what}: expected one of {names}, got {given!r}{hint}.")
+    raise ValueError(f"{what}: expected one of {names}, got {given!r}{suggest(given, names)}.")
 
 
 def make_schedule(spec: ScheduleSpec, total_steps: float = 1.0, what: str = "schedule") -> Schedule:

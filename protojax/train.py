@@ -326,10 +326,7 @@ class Loop:
         began = time.perf_counter()
         initial = self.evaluated(0) or {}
         probe = probing.make_probe(self.recipe, self.session.forward, state, self.session.mesh, initial)
-        numbers: dict[str, Any] = {}
-        for evaluation in self.recipe.evaluations:
-            key = step_lib.stream(self.recipe.seed, f"evaluation/{evaluation.name}", at)
-            numbers |= evaluation.run(probe, key)
+        numbers = probing.run_evaluations(self.recipe, probe)
         record = {"fraction": at / self.recipe.total_steps, "eval_seconds": time.perf_counter() - began}
         self.writer.write("eval", at, **record, metrics=numbers)
         self._diagnose(at)
@@ -348,9 +345,7 @@ class Loop:
 
     # -- history
     def evaluated(self, at: int) -> dict[str, Any] | None:
-        return next(
-            (r["metrics"] for r in reversed(self.writer.records) if r["kind"] == "eval" and r["step"] == at), None
-        )
+        return metrics_lib.evaluated(self.writer.records, at)
 
     def findings(self) -> list[dict[str, Any]]:
         return [r for r in self.writer.records if r["kind"] == "diagnosis"]
