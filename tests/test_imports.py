@@ -15,7 +15,7 @@ LAYERS = (
     {"online_mixture", "online_mixture_blocks", "online_mixture_checks"},
     {"parallel", "parallel_engine", "optim", "metrics", "prefetch", "checkpoint", "step", "probing", "train"},
     {"experiment", "arms", "report", "reporting", "summary", "loading", "running", "configs_path", "errors"},
-    {"cli", "main", "__main__", "__init__"},
+    {"cli", "commands", "main", "__main__", "__init__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
