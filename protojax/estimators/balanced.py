@@ -34,6 +34,7 @@ class _Options(NamedTuple):
     center_rate: float
     usage_rate: float
     start: str
+    start_sweeps: int
     engine: common.Engine
 
 
@@ -51,6 +52,7 @@ def balanced(
     center_rate: float = 0.01,
     usage_rate: float = 0.01,
     start: str = "kmeans++",
+    start_sweeps: int = 0,
     engine: common.Engine = common.LOCAL,
 ) -> Estimator:
     """K = `components` means, moved by balanced responsibilities over a ring of the last M teacher features.
@@ -75,6 +77,8 @@ def balanced(
       every: sweep the memory every so many steps; its cost is M K D a sweep, whatever the batch.
       prior_exponent: prior_k proportional to (k + 1)^-prior_exponent: 0 is uniform; long-tailed data may want more.
       start: 'kmeans++' or 'sample' on M teacher rows, which also fill the memory; 'random': directions, empty memory.
+      start_sweeps: EM sweeps (rate 1, the first temperature) over these rows before the first step. Seeds are single
+        rows; after a few sweeps a mean is the mean of what it answers for, which is where an annealed run begins.
 
     State: components {mean [K,D], potential [K] (temperature * f: comparable while the temperature anneals),
     log_prior [K], usage [K]}; memory {features [M,D] as read, written [M] (step, -1 empty)}; shared {center, cursor,
@@ -100,6 +104,7 @@ def balanced(
         center_rate=common.check_share("balanced, center_rate", center_rate),
         usage_rate=common.check_share("balanced, usage_rate", usage_rate),
         start=check_choice("balanced, start", start, seeding.METHODS),
+        start_sweeps=common.check_count("balanced, start_sweeps", start_sweeps, 0),
         engine=engine,
     )
     return _build(options)
@@ -164,6 +169,8 @@ def _build(options: _Options) -> Estimator:
             new["shared"] = {**new["shared"], "center": center, "updates": jnp.ones((), features.dtype)}
         seeds = seeding.seed_components(_centered(new, features), mask, options.components, key, options.start)
         new["components"] = {**new["components"], "mean": seeds.means}
+        whole = jnp.ones((), features.dtype)
+        new = jax.lax.fori_loop(0, options.start_sweeps, lambda _, s: _sweep(s, whole, options)[0], new)
         return common.keep_if_empty(sums["rows"], new, S)
 
     data = options.start != "random"

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from protojax.api import Array, Key
 from protojax.models.layers import BatchNorm, compute_dtype, full_dtype, transformer_init
+from protojax.models.whitening import Whitening
 
 INITIALIZERS: dict[str, Callable[[], Callable[..., Array]]] = {
     "normal": transformer_init,
@@ -25,13 +26,17 @@ INITIALIZERS: dict[str, Callable[[], Callable[..., Array]]] = {
 class Head(nnx.Module):
     """MLP: `layers` dense layers, widths hidden, ..., hidden, dim; norm and GELU (exact, erf) after all but the last.
 
-    norm: 'batch' or 'none'. Dense layers that feed a batch norm have no bias: the norm subtracts it, so its gradient
-    is identically zero and weight decay alone would move it (CARP's and DINO's code keep such biases; the function
-    is the same). The last layer, and all of them without norm, have one. normalise: l2-normalised output,
+    whiten: Newton iterations of a whitening of the output over the global batch (`models.whitening`; 5 whiten the
+    strong directions, 0: none, as published). Without it short trainings contract the features to a few directions,
+    and every codebook that follows them.
+
+    norm: 'batch' or 'none'. Dense layers that feed a batch norm or the whitening have no bias: the norm subtracts it,
+    so its gradient is identically zero and weight decay alone would move it (CARP's and DINO's code keep such biases;
+    the function is the same). The last layer before no whitening, and all of them without norm, have one. normalise: l2-normalised output,
     h / max(||h||, 1e-12). init: 'normal' (N(0, 0.02^2), both papers) or 'xavier' (uniform), biases zero.
     layers = 0 is the identity (dim must then be the input width); layers = 1 is a linear map. Output float32.
 
-    Raises ValueError on an unknown norm or init, negative layers, and layers = 0 with dim != inputs.
+    Raises ValueError on an unknown norm or init, negative layers or whiten, and layers = 0 with dim != inputs.
     """
 
     def __init__(
@@ -45,20 +50,22 @@ class Head(nnx.Module):
         normalise: bool = False,
         init: str = "normal",
         momentum: float = 0.9,
+        whiten: int = 0,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        _check(inputs, layers, hidden, dim, norm, init)
-        self.layers, self.norm, self.normalise = layers, norm, normalise
+        _check(inputs, layers, hidden, dim, norm, init, whiten)
+        self.layers, self.norm, self.normalise, self.whiten = layers, norm, normalise, whiten
         self.features = dim
         self.dtype, self.full = compute_dtype(dtype), full_dtype(dtype)
         widths = [inputs] + [hidden] * (layers - 1) + [dim]
         for i in range(1, layers + 1):
             inner = i < layers
+            centred = norm == "batch" if inner else bool(whiten)
             dense = nnx.Linear(
                 widths[i - 1],
                 widths[i],
-                use_bias=not (inner and norm == "batch"),
+                use_bias=not centred,
                 dtype=self.dtype,
                 param_dtype=self.full,
                 kernel_init=INITIALIZERS[init](),
@@ -67,6 +74,9 @@ class Head(nnx.Module):
             setattr(self, f"dense{i}", dense)
             if inner and norm == "batch":
                 setattr(self, f"norm{i}", BatchNorm(widths[i], momentum=momentum, dtype=dtype, rngs=rngs))
+
+        if whiten:
+            self.whitening = Whitening(dim, iterations=whiten, momentum=momentum, dtype=dtype)
 
     def __call__(self, rows: Array, *, train: bool, key: Key | None = None, mask: Array | None = None) -> Array:
         x = rows
@@ -77,17 +87,21 @@ class Head(nnx.Module):
                     x = getattr(self, f"norm{i}")(x, train=train, mask=mask)
                 x = jax.nn.gelu(x, approximate=False)
         x = x.astype(self.full)
+        if self.whiten:
+            x = self.whitening(x, train=train, mask=mask)
         if self.normalise:
             # max inside the root: the gradient at a zero row is zero, not NaN
             x = x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
         return x
 
 
-def _check(inputs: int, layers: int, hidden: int, dim: int, norm: str, init: str) -> None:
+def _check(inputs: int, layers: int, hidden: int, dim: int, norm: str, init: str, whiten: int) -> None:
     if norm not in ("batch", "none"):
         raise ValueError(f"head norm must be 'batch' or 'none'; given {norm!r}")
     if init not in INITIALIZERS:
         raise ValueError(f"head init must be one of {', '.join(map(repr, INITIALIZERS))}; given {init!r}")
+    if isinstance(whiten, bool) or not isinstance(whiten, int) or whiten < 0:
+        raise ValueError(f"head whiten must be a number of iterations, 0 for none; given {whiten!r}")
     if layers < 0 or hidden < 1 or dim < 1:
         raise ValueError(f"head needs layers >= 0, hidden >= 1 and dim >= 1; given {layers}, {hidden}, {dim}")
     if layers == 0 and dim != inputs:

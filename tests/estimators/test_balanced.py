@@ -53,6 +53,27 @@ def test_mean_responsibilities_over_the_memory_converge_to_the_prior(key, expone
     np.testing.assert_allclose(usage, expected / expected.sum(), atol=5e-3)
 
 
+def test_start_sweeps_share_out_the_rows_and_a_blunt_start_begins_together(key):
+    """EM on the start rows: seeds are single rows with uneven shares, after the sweeps the shares are near the prior;
+    at a blunt temperature the means lie closer to one another than at a sharp one."""
+    features, _ = cone(key, 48)
+
+    def begun(sweeps, temperature):
+        estimator = balanced(6, memory=48, iterations=10, start_sweeps=sweeps, temperature=temperature)
+        S = jax.jit(estimator.start)(estimator.init(key, SPEC), rows_of(features), key)
+        rows = features / jnp.linalg.norm(features, axis=1, keepdims=True) - S["shared"]["center"][None, :]
+        rows = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+        prototypes = estimator.codebooks(S, {})[0].prototypes
+        logits = (rows @ prototypes.T + S["components"]["potential"][None, :]) / temperature
+        uneven = jnp.abs(jax.nn.softmax(logits, axis=1).mean(0) - 1.0 / 6.0).max()
+        return float(uneven), float(jnp.linalg.norm(S["components"]["mean"], axis=1).mean())
+
+    (seeds, _), (sharp, long), (blunt, short) = begun(0, 0.05), begun(20, 0.05), begun(20, 1.0)
+    assert sharp < 0.25 * seeds
+    assert blunt < 0.25 * seeds
+    assert short < 0.7 * long
+
+
 def test_no_component_dies_where_the_plain_mixture_loses_most(key):
     """K = 32 components, batches of 8, features in a cone, random start (the trap of the naive mixture): the balanced
     estimator's codebook is alive by the nearest-prototype rule, the mixture's is not."""
