@@ -1,0 +1,36 @@
+"""`protojax study STUDY`: arms x seeds, resumable, with the tables and plots of a results page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "run arms x seeds of a study file and write its tables"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.add_argument("study", help="a study file, or the name of an installed one (configs/studies)")
+    parser.add_argument("--workdir", type=Path, default=None, help="where the runs are (default: runs/studies/NAME)")
+    parser.add_argument("--out", type=Path, default=None, help="results page (default: NAME.md in the workdir)")
+    parser.add_argument("--only", default="", help="labels of trials, separated by commas")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--smoke", action="store_true", help="the study's smallest version: does it all run?")
+    parser.add_argument("--tables", action="store_true", help="train nothing, write the tables of what is there")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train what is missing, write the page, print where."""
+    from protojax import study as study_lib
+
+    if options.jobs < 1:
+        raise ValueError(f"--jobs: expected at least 1, got {options.jobs}.")
+    study = study_lib.load(options.study, options.smoke)
+    root = options.workdir or Path("runs/studies") / (study.name + ("-smoke" if options.smoke else ""))
+    if not options.tables:
+        only = tuple(label.strip() for label in options.only.split(",") if label.strip())
+        study_lib.run(study, root, only=only, jobs=options.jobs)
+    command = f"protojax study {options.study}" + (" --smoke" if options.smoke else "")
+    for path in study_lib.write(study, root, options.out or root / f"{study.name}.md", command):
+        print(path)
+    return 0

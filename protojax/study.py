@@ -1,0 +1,260 @@
+"""Studies: arms x seeds over configs, resumable, with the tables and plots that a results page is made of.
+
+A study is a Python file with `get_study(smoke=False) -> Study` (see configs/studies/). `run` trains what is missing,
+each run in a process of its own; `write` turns the summaries into Markdown, a JSON line a run and plots. The page keeps
+what people wrote: only what stands between the two markers is replaced.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib.util
+import json
+import math
+import multiprocessing
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from protojax import configs_path
+from protojax.config import Config, freeze, suggest
+
+BEGIN, END = "<!-- study: begin (written by `protojax study`) -->", "<!-- study: end -->"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One column: `config` (FILE[:ARGUMENT]) with `changes` ({'method.steps': 100}) over all seeds of the study."""
+
+    label: str
+    config: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: `path` into summary.json ('knn/fine/20'), or a function of it; printed times `scale`."""
+
+    title: str
+    value: str | Callable[[Mapping[str, Any]], float | None]
+    scale: float = 1.0
+    digits: int = 1
+
+
+@dataclass(frozen=True)
+class Study:
+    """name; question: what it asks, a sentence or two; trials x seeds; rows of the table; reference: label of the trial
+    that the others are compared with in `compared` rows (titles); curves: title -> path into the evaluation records,
+    drawn over steps."""
+
+    name: str
+    question: str
+    trials: tuple[Trial, ...]
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    reference: str | None = None
+    compared: tuple[str, ...] = ()
+    curves: Mapping[str, str] = field(default_factory=dict)
+
+
+def load(name: str, smoke: bool = False) -> Study:
+    """The study of a file, or of an installed name ('quickstart' means configs/studies/quickstart.py).
+
+    Raises FileNotFoundError with the nearest name, ValueError for a file without get_study and for a study in which
+    two trials share a label or the reference is none of them.
+    """
+    path = Path(name) if Path(name).is_file() else configs_path.find(f"studies/{name}")
+    spec = importlib.util.spec_from_file_location(f"protojax_study_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_study"):
+        raise ValueError(f"{path} has no function get_study(smoke=False): is it a study file?")
+    study = module.get_study(smoke)
+    labels, titles = [t.label for t in study.trials], [r.title for r in study.rows]
+    if len({*labels}) < len(labels) or not labels or not study.seeds:
+        raise ValueError(
+            f"{path}: a study needs at least one trial and one seed, and labels that differ; got {labels}."
+        )
+    if study.reference is not None and study.reference not in labels:
+        raise ValueError(f"{path}: reference {study.reference!r} is none of the trials {labels}.")
+    if unknown := sorted({*study.compared} - {*titles}):
+        raise ValueError(f"{path}: compared rows {unknown} are not among the rows {titles}.")
+    return study
+
+
+def config_of(trial: Trial, seed: int) -> Config:
+    """The trial's configuration with its changes and the seed. Raises ValueError for a key that does not exist."""
+    cfg = configs_path.load(trial.config)
+    cfg.unlock()
+    for key, value in {**trial.changes, "seed": seed}.items():
+        *path, last = key.split(".")
+        at: Any = cfg
+        for part in path:
+            at = at.get(part) if isinstance(at, ml_collections.ConfigDict) else None
+        if not isinstance(at, ml_collections.ConfigDict) or last not in at:
+            known = [] if not isinstance(at, ml_collections.ConfigDict) else list(at)
+            raise ValueError(f"trial {trial.label!r}: the configuration has no key {key!r}{suggest(last, known)}.")
+        del at[last]  # a schedule may take the place of a number
+        at[last] = value
+    return freeze(cfg)
+
+
+def workdir(root: Path, trial: Trial, seed: int) -> Path:
+    """Where a run of the study is."""
+    return root / f"{trial.label.replace(' ', '_').replace('/', '_')}-{seed}"
+
+
+def run(
+    study: Study, root: Path, *, only: Sequence[str] = (), jobs: int = 1, say: Callable[[str], None] = print
+) -> None:
+    """Train what is missing of the trials (`only` these labels), `jobs` processes at a time.
+
+    A finished run stays as it is, one that was stopped is resumed, a failed one is named at the end and does not stop
+    the others. Raises ValueError for an unknown label, RuntimeError when runs failed.
+    """
+    labels = [t.label for t in study.trials]
+    for label in only:
+        if label not in labels:
+            raise ValueError(f"no trial {label!r}{suggest(label, labels)}; this study has {labels}.")
+    wanted = [(t, s) for s in study.seeds for t in study.trials if not only or t.label in only]
+    for trial, seed in wanted:
+        config_of(trial, seed)  # a typo is found before hours of training
+    todo = [(t, s) for t, s in wanted if not (workdir(root, t, s) / "summary.json").exists()]
+    say(f"{study.name}: {len(wanted)} runs, {len(wanted) - len(todo)} finished, {len(todo)} to go")
+    failed = []
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        futures = {pool.submit(_train, t, s, workdir(root, t, s)): (t, s) for t, s in todo}
+        for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            trial, seed = futures[future]
+            error = future.exception()
+            if error is not None:
+                failed.append(f"{trial.label}, seed {seed}: {type(error).__name__}: {error}")
+            say(f"[{count}/{len(todo)}] {trial.label}, seed {seed}: {'failed' if error else 'done'}")
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(todo)} runs failed; the same command runs them again:\n" + "\n".join(failed)
+        )
+
+
+def _train(trial: Trial, seed: int, where: Path) -> None:
+    from protojax import running
+
+    where.mkdir(parents=True, exist_ok=True)
+    with (where / "log.txt").open("a") as log:
+        running.train_config(config_of(trial, seed), where, say=lambda text: print(text, file=log, flush=True))
+
+
+# ------------------------------------------------------------------------------------------------- results
+def lookup(record: Mapping[str, Any], path: str) -> float | None:
+    """The number at 'a/b/c', None where there is none."""
+    at: Any = record
+    for part in path.split("/"):
+        if not isinstance(at, Mapping) or part not in at:
+            return None
+        at = at[part]
+    return None if at is None or isinstance(at, Mapping | str) else float(at)
+
+
+def results(study: Study, root: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """label -> seed -> summary, of the runs that are finished."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for trial in study.trials:
+        for seed in study.seeds:
+            path = workdir(root, trial, seed) / "summary.json"
+            if path.exists():
+                found.setdefault(trial.label, {})[seed] = json.loads(path.read_text())
+    return found
+
+
+def values(row: Row, runs: Mapping[int, Mapping[str, Any]]) -> list[float]:
+    """The row's numbers, a seed each, scaled; seeds without one are left out."""
+    raw = [lookup(s, row.value) if isinstance(row.value, str) else row.value(s) for _, s in sorted(runs.items())]
+    return [row.scale * v for v in raw if v is not None]
+
+
+def spread(numbers: Sequence[float], digits: int) -> str:
+    """'mean ± sample standard deviation', the number alone for one seed, a dash for none."""
+    if not numbers:
+        return "–"
+    mean = f"{statistics.fmean(numbers):.{digits}f}"
+    return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float] | None:
+    """(difference of means, its standard error sqrt(s1^2 / n1 + s2^2 / n2)); None below two numbers a side."""
+    if len(ours) < 2 or len(theirs) < 2:
+        return None
+    error = math.sqrt(statistics.variance(ours) / len(ours) + statistics.variance(theirs) / len(theirs))
+    return statistics.fmean(ours) - statistics.fmean(theirs), error
+
+
+def markdown(study: Study, root: Path, command: str) -> str:
+    """The generated part of a results page: command, machine, table of means and spreads, comparison."""
+    found = results(study, root)
+    if not found:
+        raise ValueError(f"no run of study {study.name!r} is finished below {root}: run it without --tables first.")
+    some = next(iter(next(iter(found.values())).values()))
+    versions = ", ".join(f"{k} {v}" for k, v in some["versions"].items())
+    labels = [t.label for t in study.trials if t.label in found]
+    out = [study.question, "", f"Command: `{command}`. Device: {some['device']}. {versions}.", ""]
+    out.append(
+        "| mean ± standard deviation over seeds | " + " | ".join(f"{n} ({len(found[n])})" for n in labels) + " |"
+    )
+    out.append("| --- |" + " --- |" * len(labels))
+    for row in study.rows:
+        out.append(f"| {row.title} | " + " | ".join(spread(values(row, found[n]), row.digits) for n in labels) + " |")
+    if study.reference in found and study.compared:
+        out += ["", f"Difference of {study.reference} to each (its standard error):", ""]
+        others = [n for n in labels if n != study.reference]
+        out += ["| | " + " | ".join(others) + " |", "| --- |" + " --- |" * len(others)]
+        for row in (r for r in study.rows if r.title in study.compared):
+            cells = []
+            for name in others:
+                pair = difference(values(row, found[study.reference]), values(row, found[name]))
+                cells.append("–" if pair is None else f"{pair[0]:+.{row.digits}f} ({pair[1]:.{row.digits + 1}f})")
+            out.append(f"| {row.title} | " + " | ".join(cells) + " |")
+    missing = [f"{t.label}-{s}" for t in study.trials for s in study.seeds if s not in found.get(t.label, {})]
+    if missing:
+        out += ["", f"Not run: {', '.join(missing)}."]
+    return "\n".join(out)
+
+
+def insert(page: str, generated: str) -> str:
+    """The page with the generated part between the markers (appended where there are none yet)."""
+    part = f"{BEGIN}\n\n{generated}\n\n{END}"
+    if BEGIN in page and END in page:
+        head, _, rest = page.partition(BEGIN)
+        return head + part + rest.partition(END)[2]
+    return (page.rstrip() + "\n\n" if page.strip() else "") + part + "\n"
+
+
+def write(study: Study, root: Path, out: Path, command: str) -> list[Path]:
+    """Write OUT.md (its generated part), OUT.jsonl (a line a run) and OUT.svg (curves). Returns the paths."""
+    generated = markdown(study, root, command)
+    written = [out, out.with_suffix(".jsonl")]
+    if study.curves:
+        from protojax.reporting.study_plot import draw
+
+        trials = {t.label: [workdir(root, t, s) for s in study.seeds] for t in study.trials}
+        picture = out.with_suffix(".svg")
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_text(draw(study.curves, trials))
+        generated += f"\n\n![{', '.join(study.curves)} over training]({picture.name})"
+        written.append(picture)
+    page = out.read_text() if out.exists() else f"# {study.name}\n"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(insert(page, generated))
+    lines = [
+        {"study": study.name, "trial": label, "command": command, **{k: v for k, v in summary.items() if k != "config"}}
+        for label, runs in results(study, root).items()
+        for _, summary in sorted(runs.items())
+    ]
+    written[1].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return written
