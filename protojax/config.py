@@ -46,6 +46,10 @@ class Method:
     """What is learned and how. Exactly one of `epochs` and `steps` is set (0 unsets one).
 
     logit_center: momentum of DINO's centre of the teacher's logits (0.9 there); None: no centre.
+    products: dtype of the operands of products with prototypes; 'bfloat16' halves their time on accelerators at an error
+        of about 2^-9 of a cosine, which a temperature of 0.01 turns into 0.2 of a logit. Sums stay float32.
+    micro_batches: parts of a batch that are encoded one after another, for memory; exact but for batch norm.
+    soft_label, prompts, alignment: the options of those workloads; None elsewhere (`experiment.defaults(workload)`).
     """
 
     workload: str = "prototypes"
@@ -59,7 +63,12 @@ class Method:
     optim: Component = Component("adamw")
     teacher: Teacher = Teacher()
     dtype: str = "float32"
+    products: str = "float32"
     logit_center: float | None = None
+    micro_batches: int = 1
+    soft_label: Component | None = None
+    prompts: Component | None = None
+    alignment: Component | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +82,12 @@ class LongTail:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where examples come from. batch_size is global. `source` options go to the reader (docs/data.md)."""
+    """Where examples come from. batch_size is global. `source` options go to the reader (docs/data.md).
+
+    Tables only (docs/soft_labels.md): standardise 'standard', 'robust', 'rank' or 'none'; clip_inputs in standard
+    deviations (None: not); heavy_tails 'log' or None; impute 'median' or None. distance_scale: targets are distances d,
+    and softmax(-d / distance_scale) is learned; missing_distance stands for an empty cell.
+    """
 
     source: Component = Component("embedded")
     root: str | None = None
@@ -81,13 +95,22 @@ class Data:
     train_split: str = "train"
     test_split: str = "test"
     longtail: LongTail = LongTail()
+    standardise: str = "standard"
+    clip_inputs: float | None = 8.0
+    heavy_tails: str | None = None
+    impute: str | None = None
+    distance_scale: float | None = None
+    missing_distance: float = 2400.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Evals:
     """Evaluations run right after initialisation, then each `every` of the run, then at the end (last checkpoint).
 
-    batch_size: images a forward pass. groups: 'inat' (> 100, 20-100, < 20 training images) or 'terciles'.
+    batch_size: images a forward pass. groups: 'inat' (> 100, 20-100, < 20 training images) or 'terciles'. evaluations:
+    names in `evals.table`; those that need labels are left out where `labels` is empty.
+    patience: stop when the workload's validation metric has not risen for so many evaluations (None: never).
+    calibrate: fit a temperature on the validation split (soft labels). prompts, alignment: options of their evaluations.
     """
 
     every: float = 0.1
@@ -96,17 +119,36 @@ class Evals:
     knn_temperature: float = 0.07
     labels: tuple[str, ...] = ("fine",)
     groups: str = "inat"
+    evaluations: tuple[str, ...] = ("knn", "prototypes", "rank")
+    patience: int | None = None
+    calibrate: bool = True
+    prompts: Component | None = None
+    alignment: Component | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """Where it runs. data, proto: mesh shape (-1: whatever is left). Must not change results."""
+    """Where it runs. data, proto: mesh shape (-1: whatever is left). Must not change results.
+
+    cluster: 'auto', 'one', 'flags', 'slurm', 'openmpi', 'jobset' or 'tpu' (docs/scaling.md); coordinator (HOST:PORT),
+    processes and process say it explicitly. join_timeout: seconds to wait for all processes; lost_after: seconds of
+    silence after which one counts as lost. workers: processes that read training batches (0: threads of this one).
+    fsdp: encoder parameters, their EMA and optimiser state split over devices instead of copied to each.
+    """
 
     data: int = -1
     proto: int = 1
     prefetch: int = 2
     compilation_cache: str = "~/.cache/protojax/jax"
     platform: str | None = None
+    cluster: str = "auto"
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    join_timeout: float = 300.0
+    lost_after: float = 60.0
+    workers: int = 0
+    fsdp: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +164,7 @@ class Run:
     tensorboard: bool = True
     wandb: bool = False
     report: bool = True
+    profile: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +219,11 @@ def freeze(cfg: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     config = _convert(Config, plain, "config")
     _validate(config)
     return config
+
+
+def from_plain(kind: type, plain: Mapping[str, Any], path: str) -> Any:
+    """A frozen dataclass `kind` from plain values, with the errors of `freeze`; `path` is what messages call it."""
+    return _convert_dataclass(kind, plain, path)
 
 
 def suggest(name: Any, known: Iterable[str]) -> str:
@@ -253,6 +301,8 @@ def _to_dict(value: Any) -> Any:
     hints = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
+        if item is None and hints[field.name] == Component | None:
+            continue  # options of another workload: a key that is not there
         if isinstance(item, Component):
             out[field.name] = component(item.name, **item.options)
         elif dataclasses.is_dataclass(item):
@@ -337,6 +387,7 @@ def _validate(c: Config) -> None:
         raise ValueError(f"config.method: set exactly one of epochs and steps, got {m.epochs!r} and {m.steps!r}.")
     require((m.epochs or 0) >= 0, "method.epochs", "a positive number", m.epochs)
     require((m.steps or 0) >= 0, "method.steps", "a positive number", m.steps)
+    require(m.micro_batches > 0, "method.micro_batches", "a positive number", m.micro_batches)
     require(m.dtype in ("float32", "bfloat16"), "method.dtype", "'float32' or 'bfloat16'", m.dtype)
     require(0 <= m.teacher.start <= m.teacher.end <= 1, "method.teacher", "0 <= start <= end <= 1", m.teacher)
     require(m.teacher.schedule in ("cosine", "constant"), "method.teacher.schedule", "'cosine' or 'constant'",
@@ -347,10 +398,14 @@ def _validate(c: Config) -> None:
     require(bool(e.knn_k) and min(e.knn_k) > 0, "evals.knn_k", "positive numbers", e.knn_k)
     require(e.knn_temperature > 0, "evals.knn_temperature", "a positive number", e.knn_temperature)
     require(e.batch_size > 0, "evals.batch_size", "a positive number", e.batch_size)
+    require(e.patience is None or e.patience > 0, "evals.patience", "a positive number or None", e.patience)
     require(e.groups in ("inat", "terciles"), "evals.groups", "'inat' or 'terciles'", e.groups)
     require(s.data == -1 or s.data > 0, "system.data", "-1 or a positive number", s.data)
     require(s.proto == -1 or s.proto > 0, "system.proto", "-1 or a positive number", s.proto)
     require(s.prefetch >= 0, "system.prefetch", "a number >= 0", s.prefetch)
+    require(r.profile >= 0, "run.profile", "a number of steps >= 0 (0: no trace)", r.profile)
+    require(s.workers >= 0, "system.workers", "a number >= 0", s.workers)
+    require(s.join_timeout > 0 and s.lost_after > 0, "system", "positive join_timeout and lost_after", s)
     require(r.log_every > 0, "run.log_every", "a positive number", r.log_every)
     require(0 < r.checkpoint_every <= 1, "run.checkpoint_every", "a fraction of the run in (0, 1]", r.checkpoint_every)
     require(r.keep > 0, "run.keep", "a positive number", r.keep)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from protojax import experiment
+from protojax import experiment, optim
 from protojax import step as step_lib
-from protojax.api import Recipe
+from protojax.api import EstimatorSpec, Recipe
 from protojax.config import Component, LongTail, defaults, freeze, options_of
 from protojax.data import views
-from tests.toy import config_dict, toy_config
+from protojax.workloads import base, images, prototypes
+from tests.toy import config_dict, toy_config, toy_recipe
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +32,11 @@ def test_fill_makes_every_option_of_every_component_known():
     """After `fill`, what the command line may set is what `build` accepts: each table's signature, no more."""
     c = config_dict("quickstart", "smoke")
     tables = {
-        "backbone": experiment.BACKBONES, "head": experiment.HEADS, "estimator": experiment.ESTIMATORS,
-        "views": experiment.VIEWS, "optim": experiment.optim.OPTIMIZERS,
+        "backbone": prototypes.BACKBONES, "head": prototypes.HEADS, "estimator": prototypes.ESTIMATORS,
+        "views": prototypes.VIEWS, "optim": optim.OPTIMIZERS,
     }  # fmt: skip
     for part, table in tables.items():
-        accepted = set(options_of(table[c.method[part].name])) - set(experiment._GIVEN)
+        accepted = set(options_of(table[c.method[part].name])) - set(base.GIVEN)
         assert set(c.method[part]) - {"name"} <= accepted, part
         offered = {k for k in accepted if k in c.method[part]}
         assert len(offered) >= len(accepted) - 1, (part, accepted - offered)  # a table's default may be a structure
@@ -56,9 +57,9 @@ def test_fill_keeps_what_a_config_says():
 
 
 def test_the_published_views_are_the_defaults_of_the_free_ones():
-    assert experiment.multicrop() == views.CARP_VIEWS()
-    assert experiment.multicrop(local_count=0)[1] is None
-    assert experiment.multicrop(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_count=8) == views.DINO_VIEWS()
+    assert images.multicrop() == views.CARP_VIEWS()
+    assert images.multicrop(local_count=0)[1] is None
+    assert images.multicrop(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_count=8) == views.DINO_VIEWS()
 
 
 # ------------------------------------------------------------------------------------------------------ sources
@@ -78,14 +79,14 @@ def test_sources_shuffle_training_and_pass_once_over_the_splits(recipe):
 def test_a_long_tail_is_made_of_the_training_split_alone():
     config = toy_config()
     tailed = dataclasses.replace(config, data=dataclasses.replace(config.data, longtail=LongTail(8.0, 0, None)))
-    sources = experiment.sources(tailed)
+    sources = images.sources(tailed)
     counts = sources["train"].spec.counts["fine"]
     # floor(16 * 8^(-r/3)) for r = 0..3, in an order that the seed decides
     assert sorted(counts.tolist(), reverse=True) == [16, 8, 4, 2]
     assert sources["bank"].spec.size == counts.sum() == sources["train"].spec.size
     assert sources["test"].spec.size == 64
     np.testing.assert_array_equal(sources["test"].spec.counts["fine"], counts)
-    found = experiment.images(tailed)(np.arange(3))
+    found = images.images(tailed)(np.arange(3))
     np.testing.assert_array_equal(found, sources["bank"].batch(0)["image"][:3])
     missing = dataclasses.replace(tailed, evals=dataclasses.replace(tailed.evals, labels=("tail",)))
     with pytest.raises(ValueError, match=r"longtail needs labels 'tail'; synthetic/train has \['coarse', 'fine'\]"):
@@ -93,7 +94,7 @@ def test_a_long_tail_is_made_of_the_training_split_alone():
 
 
 def test_the_seed_orders_the_training_split_and_nothing_else():
-    a, b = (experiment.sources(dataclasses.replace(toy_config(), seed=seed)) for seed in (0, 1))
+    a, b = (images.sources(dataclasses.replace(toy_config(), seed=seed)) for seed in (0, 1))
     assert not np.array_equal(a["train"].batch(0)["index"], b["train"].batch(0)["index"])
     for split in ("bank", "test"):
         np.testing.assert_array_equal(a[split].batch(1)["image"], b[split].batch(1)["image"])
@@ -110,7 +111,7 @@ def test_epochs_become_steps():
 def test_teacher_rows_stand_image_by_image():
     """Row b V + v is view v of image b, and inherits the mask of its image."""
     image = jnp.arange(2 * 3 * 4, dtype=jnp.float32).reshape(2, 3, 4)
-    rows = experiment.teacher_rows({"image": image}, {"mask": jnp.asarray([True, False, True])})
+    rows = prototypes.teacher_rows({"image": image}, {"mask": jnp.asarray([True, False, True])})
     assert rows["features"].shape == (6, 4)
     for b in range(3):
         for v in range(2):
@@ -132,7 +133,7 @@ def test_an_objective_is_given_what_build_promised(arm):
     batch = recipe.sources["train"].batch(0)
     state = jax.eval_shape(lambda b: step_lib.init_state(spied, b), batch)
     jax.eval_shape(lambda s, b: step_lib.step(spied, s, b), state, batch)
-    promised = experiment._available(recipe.estimator)
+    promised = prototypes._available(recipe.estimator)
     assert {name.split("/")[0] for name in promised} == set(seen)
     assert recipe.objective.requires <= set(promised)
     assert any(name.startswith("head/") for name in promised) == (arm == "joint")
@@ -160,19 +161,46 @@ def test_evaluations_follow_the_labels():
     ]
 
 
+def test_products_in_bfloat16_round_operands_and_nothing_else():
+    """Loss and statistics of a step change by the rounding of unit rows: 2^-9 of a logit of at most 1 / T."""
+    plain, rounded = toy_recipe(), toy_recipe(method__products="bfloat16")
+    spec = EstimatorSpec(8, 16, 10)
+    key = jax.random.key(0)
+    S = plain.estimator.init(key, spec)
+    features = jax.random.normal(key, (16, 8))
+    rows = {"features": features, "mask": jnp.ones(16, bool)}
+    ours, theirs = (r.estimator.statistics(S, rows) for r in (plain, rounded))
+    assert ours["count"].dtype == theirs["count"].dtype == jnp.float32
+    assert float(jnp.abs(ours["count"] - theirs["count"]).max()) > 0.0
+    np.testing.assert_allclose(ours["feature_sum"], theirs["feature_sum"], rtol=1e-6)
+    book = plain.estimator.codebooks(S, {})[0]
+    views = {
+        "student": {"image": jnp.stack([features, features[::-1]])},
+        "teacher": {"image": jnp.stack([features] * 2)},
+    }
+    rest = {"target": book, "prediction": book, "mask": jnp.ones(16, bool), "key": key}
+    inputs = {"student": {"image": two}, "teacher": {"image": same}, **rest}
+    one, other = (
+        float(r.objective.loss({"carp": {}}, {**inputs, "head": {}, "step": 0, "batch": {}})[0])
+        for r in (plain, rounded)
+    )
+    temperature = 0.1
+    assert 0.0 < abs(one - other) < 4 * 2**-8 / temperature
+
+
 def test_the_reading_of_features_is_the_estimators():
     config = toy_config()
-    assert experiment.reading(config) == "unit"
+    assert prototypes.reading(config) == "unit"
     options = {**config.method.estimator.options, "features": "raw"}
-    assert experiment.reading(changed(config, estimator=Component("mixture", options))) == "raw"
-    assert experiment.reading(toy_config("partial")) == "unit"  # capi has no such option
+    assert prototypes.reading(changed(config, estimator=Component("mixture", options))) == "raw"
+    assert prototypes.reading(toy_config("partial")) == "unit"  # capi has no such option
 
 
 # ------------------------------------------------------------------------------------------------------ mistakes
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"workload": "promts"}, ValueError, r"unknown workload 'promts'.*Known: \['prototypes'\]"),
+        ({"workload": "promts"}, ValueError, r"unknown workload 'promts' \(did you mean 'prompts'\?\)"),
         ({"estimator": Component("mixtur")}, ValueError, r"unknown estimator 'mixtur' \(did you mean 'mixture'\?\)"),
         ({"estimator": Component("mixture", {})}, ValueError, r"estimator 'mixture' needs \['components'\]"),
         ({"optim": Component("adamw", {"peak_lr": "big"})}, TypeError, r"'peak_lr': expected float .*got str 'big'"),

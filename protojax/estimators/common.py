@@ -18,11 +18,13 @@ READINGS = ("raw", "unit")
 
 
 class Engine(NamedTuple):
-    """The sweeps over prototypes that an estimator calls: signatures of `ops.moments.accumulate` and
-    `ops.transport.balanced_potentials`. A sharded engine has the same ones and returns the same numbers."""
+    """The sweeps over prototypes that an estimator calls: signatures of `ops.moments.accumulate`,
+    `ops.transport.balanced_potentials` and `ops.moments.gaussian_moments`. A sharded engine has the same ones and
+    returns the same numbers."""
 
     accumulate: Callable[..., tuple[moments.Moments, Array]]
     balanced_potentials: Callable[..., Array]
+    gaussian_moments: Callable[..., tuple[moments.Moments, Array]] = moments.gaussian_moments
 
 
 LOCAL = Engine(moments.accumulate, transport.balanced_potentials)

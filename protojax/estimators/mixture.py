@@ -128,10 +128,10 @@ def _build(
 
     def statistics(S: PyTree, rows: Mapping[str, Array]) -> PyTree:
         features, mask = read(S, rows)
-        queries, prototypes, bias, offset = scores(S, features)
-        moments, lse = engine.accumulate(queries, prototypes, bias, features, mask, second=options.covariance)
-        evidence = jnp.sum(jnp.where(mask, lse + offset, jnp.zeros((), lse.dtype)))
-        return {**common.row_statistics(features, mask), **moments._asdict(), "log_evidence": evidence}
+        moments, evidence = engine.gaussian_moments(
+            features, *em.parameters(S, options), mask, covariance=options.covariance, beta=S["shared"]["beta"]
+        )
+        return {**common.row_statistics(features, mask), **moments._asdict(), "log_evidence": jnp.sum(evidence)}
 
     def update(S: PyTree, stats: PyTree, rows: Mapping[str, Array], step: Array, key: Key) -> tuple[PyTree, Metrics]:
         features, mask = read(S, rows)

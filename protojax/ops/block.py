@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from protojax.ops.checks import accumulation_dtype, floating, positive, product_dtype
-from protojax.ops.kernels import block_kernels, block_path, current_engine
+from protojax.ops.kernels import block_kernels, block_path, current_engine, policy
 
 Array = jax.Array
 
@@ -86,7 +86,7 @@ def block_consistency(
     student, teacher = floating("student", student, 3), floating("teacher", teacher, 3)
     _check(student, teacher, prediction, target, mask, permutation, positive("block", block))
     total = accumulation_dtype(student, teacher, *prediction, *target)
-    operand = product_dtype(matmul_dtype, student, teacher, prediction[0], target[0])
+    operand = product_dtype(policy(matmul_dtype, total), student, teacher, prediction[0], target[0])
     views, rows = student.shape[0] + teacher.shape[0], student.shape[1]
     # As many rows a chunk as keep the probabilities of all views in a CPU's cache, or fill an accelerator.
     room = 2**20 if jax.default_backend() == "cpu" else 2**25

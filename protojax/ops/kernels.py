@@ -58,6 +58,7 @@ class Engine(Protocol):
 PATHS = ("scan", "pallas_tpu", "pallas_tpu_interpret", "mosaic_gpu", "mosaic_gpu_interpret")
 _MODULES = {"pallas_tpu": "protojax.ops.pallas_tpu", "mosaic_gpu": "protojax.ops.mosaic_gpu"}
 _engine: contextvars.ContextVar[Any] = contextvars.ContextVar("protojax_engine", default=None)
+_products: contextvars.ContextVar[str | None] = contextvars.ContextVar("protojax_matmul_dtype", default=None)
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("protojax_kernel_path", default=None)
 
 
@@ -85,6 +86,24 @@ def split_by(engine: Engine | None) -> Iterator[None]:
         yield
     finally:
         _engine.reset(token)
+
+
+@contextlib.contextmanager
+def products_in(matmul_dtype: DTypeLike | None) -> Iterator[None]:
+    """The policy for every operation traced inside that names no `matmul_dtype` of its own and sums in float32.
+
+    None: operands keep their dtype. Raises TypeError for another dtype than bfloat16, float32 or float64."""
+    name = None if matmul_dtype is None else product_dtype(matmul_dtype).name
+    token = _products.set(name)
+    try:
+        yield
+    finally:
+        _products.reset(token)
+
+
+def policy(matmul_dtype: DTypeLike | None, total: Any) -> DTypeLike | None:
+    """`matmul_dtype`, or that of the enclosing `products_in` where sums are float32."""
+    return _products.get() if matmul_dtype is None and total == jnp.float32 else matmul_dtype
 
 
 @functools.cache
@@ -150,13 +169,14 @@ def plan(
     queries: Array, prototypes: Array, bias: Array, tile: int, row_tile: int | None, matmul_dtype: DTypeLike | None
 ) -> Tiling:
     """Checked, hashable options of one call, its path among them."""
+    total = accumulation_dtype(queries, prototypes, bias)
+    matmul_dtype = policy(matmul_dtype, total)
     options = Tiling(
         positive("tile", tile),
         None if row_tile is None else positive("row_tile", row_tile),
         None if matmul_dtype is None else jnp.dtype(matmul_dtype).name,
     )
     operand = product_dtype(matmul_dtype, queries, prototypes)
-    total = accumulation_dtype(queries, prototypes, bias)
     engine = current_engine()
     rows = queries.shape[0] // (1 if engine is None else engine.devices)
     path, reason = choose(rows, prototypes.shape[0], prototypes.shape[1], operand, total)

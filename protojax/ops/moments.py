@@ -90,7 +90,9 @@ def accumulate(
     used = weight != 0.0
     prepare = _PREPARE[second]
     if log_normaliser is None and completes_rows(options):
-        lse, first, sums = complete_sweep(queries, prototypes, bias, (features, weight), prepare, options)
+        lse, first, sums = complete_sweep(
+            queries, prototypes, bias, (features, weight), prepare, options, _parts(second, features)
+        )
     else:
         if log_normaliser is None:
             clean = jnp.where(used[:, None], queries, jnp.zeros((), queries.dtype))
@@ -101,7 +103,8 @@ def accumulate(
             raise ValueError(f"log_normaliser must hold one value a row ({rows}), got shape {lse.shape}")
         # A masked row holds zeros; 0 as its normaliser may overflow exp: +inf makes it weigh exactly nothing.
         lse = jnp.where(used, lse, jnp.full((), jnp.inf, total))
-        first, sums = column_sweep(queries, prototypes, bias, lse, (features, weight), prepare, options)
+        vectors, sums = column_sweep(queries, prototypes, bias, lse, (features, weight), prepare, options)
+        first = tuple(jnp.split(vectors, len(_parts(second, features)), axis=1))
     found = _moments(second, first, sums, features, weight)
     return found, jnp.where(used, lse, jnp.zeros((), total))
 
@@ -116,17 +119,21 @@ def _row_weights(features: Array, mask: Array, second: str, total: jnp.dtype) ->
     return mask.astype(total)
 
 
-def _moments(second: str, first: Array, sums: Array, features: Array, weight: Array) -> Moments:
-    """Moments from a sweep's sums [K,E] and [K,F]."""
-    width = features.shape[1]
+def _parts(second: str, features: Array) -> tuple[int, ...]:
+    """Widths of the arrays in a sweep's sums of vectors."""
+    return (features.shape[1],) * (2 if second == "diag" else 1)
+
+
+def _moments(second: str, first: tuple[Array, ...], sums: Array, features: Array, weight: Array) -> Moments:
+    """Moments from a sweep's sums [K,D] (twice for 'diag') and [K,F]."""
     squares: Array | None = None
     if second == "diag":
-        squares = first[:, width:]
+        squares = first[1]
     elif second == "spherical":
         squares = sums[:, 1]
     elif second == "tied":
         squares = jnp.sum(_weigh(features, weight)[1], axis=0)
-    return Moments(sums[:, 0], first[:, :width], squares)
+    return Moments(sums[:, 0], first[0], squares)
 
 
 def gaussian_moments(
@@ -175,7 +182,7 @@ def gaussian_moments(
             return expand(clean, expansion), vectors, scalars
 
         rows = (features, weight)
-        lse, first, sums = complete_sweep(features, prototypes, bias, rows, prepare, options)
+        lse, first, sums = complete_sweep(features, prototypes, bias, rows, prepare, options, _parts(how, features))
         found = _moments(how, first, sums, features, weight)
         clean = features
     likelihood = lse + row_offset(clean, expansion)

@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from protojax.ops.sweeps import Prepare, Tiling, finite_or_zero
+from protojax.ops.sweeps import Prepare, Tiling, finite_or_zero, pad_to_multiples
 
 Array = jax.Array
 GROUPS, ROWS, TILE = 2, 64, 64  # compute warpgroups, stationary rows of each, rows of a streamed tile
@@ -158,11 +158,6 @@ def _kernel(*refs: Any, plan: _Plan) -> None:
     pipeline(*(stream.at[pl.ds(part * length, length)] for stream in streams))
 
 
-def _pad(array: Array, length: int, width: int | None = None, fill: float = 0.0) -> Array:
-    widths = [(0, length - array.shape[0])] + ([] if width is None else [(0, width - array.shape[1])])
-    return jnp.pad(array, widths, constant_values=fill)
-
-
 def _plan(
     keys: Array, tiles: Array, values: Array | None, scalars: int, online: bool, interpreted: bool
 ) -> tuple[_Plan, int, int]:
@@ -193,12 +188,13 @@ def _run(
     """(lse [parts,R], sums of values [parts,R,W], sums of scalars [parts,R,F]) for stationary keys [R,P]."""
     plan, parts, rows = _plan(keys, tiles, values, len(scalars), online, interpret is not None)
     width, length, bf16 = plan.width, parts * plan.steps * TILE, jnp.bfloat16
-    arguments = [_pad(keys.astype(bf16), rows, width), _pad(bias.astype(jnp.float32), rows)]
+    pad = pad_to_multiples
+    arguments = [pad(keys.astype(bf16), (rows, width)), pad(bias.astype(jnp.float32), (rows,))]
     # Padded tiles have logits of -inf, in either sweep.
-    arguments += [_pad(tiles.astype(bf16), length, width), _pad(vector.astype(jnp.float32), length, fill=-jnp.inf)]
+    arguments += [pad(tiles.astype(bf16), (length, width)), pad(vector.astype(jnp.float32), (length,), -jnp.inf)]
     if values is not None and plan.matrix:
-        arguments.append(_pad(values.astype(bf16), length, width))
-    arguments += [_pad(scalar.astype(jnp.float32), length) for scalar in scalars]
+        arguments.append(pad(values.astype(bf16), (length, width)))
+    arguments += [pad(scalar.astype(jnp.float32), (length,)) for scalar in scalars]
     wide = width if values is not None else TILE
     shape = jax.ShapeDtypeStruct
     more = {} if interpret is None else {"interpret": interpret}

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from protojax.ops.pallas_tpu import LANES, _compiler, _dot, _pad
+from protojax.ops.pallas_tpu import LANES, _compiler, _dot
+from protojax.ops.sweeps import pad_to_multiples
 
 Array = jax.Array
 ROWS = 128
@@ -78,14 +79,16 @@ def _arguments(student: Any, teacher: Any, share: Array, blocks: Array, operand:
     """Padded rows and gathered blocks [G,block,D]: masked rows are zeroed, whatever they held."""
     used = (share != 0.0)[None, :, None]
     arrays = [
-        _pad(jnp.where(used, side.views, jnp.zeros((), side.views.dtype)).astype(operand), (None, ROWS, LANES))
+        pad_to_multiples(
+            jnp.where(used, side.views, jnp.zeros((), side.views.dtype)).astype(operand), (None, ROWS, LANES)
+        )
         for side in (student, teacher)
     ]
     for side in (student, teacher):
-        arrays.append(_pad(side.prototypes.astype(operand)[blocks], (None, None, LANES)))
+        arrays.append(pad_to_multiples(side.prototypes.astype(operand)[blocks], (None, None, LANES)))
         arrays.append(side.bias.astype(jnp.float32)[blocks][:, None, :])
     arrays += [side.sharpness.astype(jnp.float32).reshape(1, 1) for side in (student, teacher)]
-    return [*arrays, _pad(share.astype(jnp.float32)[:, None], (ROWS, None))]
+    return [*arrays, pad_to_multiples(share.astype(jnp.float32)[:, None], (ROWS, None))]
 
 
 def _specs(arrays: list[Array], block: int, chunk_axis: int) -> list[pl.BlockSpec]:

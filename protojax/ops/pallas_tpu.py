@@ -16,17 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from protojax.ops.checks import product_dtype
-from protojax.ops.sweeps import Prepare, Tiling, finite_or_zero
+from protojax.ops.sweeps import Prepare, Tiling, finite_or_zero, pad_to_multiples
 
 Array = jax.Array
 LANES = 128
 ROWS, PROTOTYPES = 256, 512  # block of logits: 0.5 MB of float32 in VMEM
-
-
-def _pad(array: Array, sizes: tuple[int | None, ...], fill: float = 0.0) -> Array:
-    """Each axis up to a multiple of its size (None: as it is)."""
-    widths = [(0, 0 if size is None else -length % size) for length, size in zip(array.shape, sizes, strict=True)]
-    return jnp.pad(array, widths, constant_values=fill) if any(after for _, after in widths) else array
 
 
 def _dot(left: Array, right: Array, contract: tuple[int, int]) -> Array:
@@ -95,9 +89,9 @@ def row_sweep(
     operand = product_dtype(options.matmul_dtype, queries, prototypes)
     length, attention = queries.shape[0], values is prototypes
     arrays = [
-        _pad(queries.astype(operand), (ROWS, LANES)),
-        _pad(prototypes.astype(operand), (PROTOTYPES, LANES)),
-        _pad(bias.astype(jnp.float32)[None, :], (None, PROTOTYPES), -jnp.inf),
+        pad_to_multiples(queries.astype(operand), (ROWS, LANES)),
+        pad_to_multiples(prototypes.astype(operand), (PROTOTYPES, LANES)),
+        pad_to_multiples(bias.astype(jnp.float32)[None, :], (None, PROTOTYPES), -jnp.inf),
     ]
     width = arrays[0].shape[1]
     by_row = lambda size: pl.BlockSpec((ROWS, size), lambda n, k: (n, 0))  # noqa: E731
@@ -108,13 +102,13 @@ def row_sweep(
     if values is not None:
         wide = width
         if not attention:
-            arrays.append(_pad(values.astype(operand), (PROTOTYPES, LANES)))
+            arrays.append(pad_to_multiples(values.astype(operand), (PROTOTYPES, LANES)))
             wide = arrays[-1].shape[1]
             specs.append(by_prototype(wide))
         outputs.append(wide)
         scratch.append(wide)
     if weights is not None:
-        arrays.append(_pad(weights.astype(jnp.float32)[None, :], (None, PROTOTYPES)))
+        arrays.append(pad_to_multiples(weights.astype(jnp.float32)[None, :], (None, PROTOTYPES)))
         specs.append(flat)
         outputs.append(1)
         scratch.append(1)
@@ -165,14 +159,14 @@ def column_sweep(
     queries, vectors, scalars = prepare(queries, rows)
     kind = product_dtype(options.matmul_dtype, vectors)
     count, wide, number = prototypes.shape[0], vectors.shape[1], scalars.shape[1]
-    keys = _pad(prototypes.astype(operand), (PROTOTYPES, LANES))
+    keys = pad_to_multiples(prototypes.astype(operand), (PROTOTYPES, LANES))
     arrays = [
         keys,
-        _pad(bias.astype(jnp.float32)[:, None], (PROTOTYPES, None), -jnp.inf),
-        _pad(queries.astype(operand), (ROWS, LANES)),
-        _pad(finite_or_zero(lse.astype(jnp.float32))[None, :], (None, ROWS), jnp.inf),
-        _pad(vectors.astype(kind), (ROWS, LANES)),
-        _pad(scalars.astype(jnp.float32).T, (None, ROWS)),
+        pad_to_multiples(bias.astype(jnp.float32)[:, None], (PROTOTYPES, None), -jnp.inf),
+        pad_to_multiples(queries.astype(operand), (ROWS, LANES)),
+        pad_to_multiples(finite_or_zero(lse.astype(jnp.float32))[None, :], (None, ROWS), jnp.inf),
+        pad_to_multiples(vectors.astype(kind), (ROWS, LANES)),
+        pad_to_multiples(scalars.astype(jnp.float32).T, (None, ROWS)),
     ]
     width, wide_padded = keys.shape[1], arrays[4].shape[1]
     by_prototype = lambda size: pl.BlockSpec((PROTOTYPES, size), lambda k, n: (k, 0))  # noqa: E731

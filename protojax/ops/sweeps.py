@@ -50,14 +50,16 @@ def row_tile_of(options: Tiling, rows: int) -> int:
     return max(1, min(default if options.row_tile is None else options.row_tile, rows))
 
 
+def pad_to_multiples(array: Array, sizes: tuple[int | None, ...], fill: float = 0.0) -> Array:
+    """`array` with each axis lengthened to the next multiple of its size (None: as it is), by `fill`."""
+    widths = [(0, 0 if size is None else -length % size) for length, size in zip(array.shape, sizes, strict=True)]
+    return jnp.pad(array, widths, constant_values=fill) if any(after for _, after in widths) else array
+
+
 def split(array: Array, size: int, fill: float = 0.0) -> Array:
     """[L, ...] -> [ceil(L / size), size, ...], padded with `fill`."""
-    length = array.shape[0]
-    count = -(-length // size)
-    if count * size != length:
-        widths = [(0, count * size - length)] + [(0, 0)] * (array.ndim - 1)
-        array = jnp.pad(array, widths, constant_values=fill)
-    return array.reshape(count, size, *array.shape[1:])
+    array = pad_to_multiples(array, (size, *[None] * (array.ndim - 1)), fill)
+    return array.reshape(array.shape[0] // size, size, *array.shape[1:])
 
 
 def join(blocks: Array, length: int) -> Array:
@@ -163,14 +165,14 @@ def row_sweep(
 
 
 # ---------------------------------------------------------------------------------------------- column sweep
-def _add_products(carry: tuple[Array, Array], share: Array, vectors: Array, scalars: Array, kind: Any, total: Any):
+def _products(share: Array, vectors: Array, scalars: Array, kind: Any, total: Any) -> tuple[Array, Array]:
+    """share [K,R] @ vectors [R,E], and @ scalars [R,F]."""
     # Matrix-vector products a column: as one product of [tile, R] x [R, 1 or 2] they would cost half of a wide one.
     columns = [
         lax.dot_general(share, scalars[:, i], (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
         for i in range(scalars.shape[1])
     ]
-    first, sums = carry
-    return first + dot(share, vectors, (1, 0), kind, total), sums + jnp.stack(columns, axis=1)
+    return dot(share, vectors, (1, 0), kind, total), jnp.stack(columns, axis=1)
 
 
 def _prepared_widths(prepare: Prepare, queries: Array, rows: Any) -> tuple[int, int, Array]:
@@ -205,7 +207,7 @@ def column_sweep(
             # Prototype-major, [tile, row_tile]: both products then run along contiguous axes.
             logits = dot(keys, chunk_queries, (1, 1), operand, total) + tile_bias[:, None]
             share = jnp.exp(logits - chunk[1][None, :])
-            return _add_products(carry, share, vectors, scalars.astype(total), kind, total), None
+            return jax.tree.map(jnp.add, carry, _products(share, vectors, scalars.astype(total), kind, total)), None
 
         start = (jnp.zeros((tile, width), total), jnp.zeros((tile, number), total))
         return lax.scan(body, start, chunks)[0]
@@ -216,13 +218,14 @@ def column_sweep(
 
 
 def complete_sweep(
-    queries: Array, prototypes: Array, bias: Array, rows: Any, prepare: Prepare, options: Tiling
-) -> tuple[Array, Array, Array]:
+    queries: Array, prototypes: Array, bias: Array, rows: Any, prepare: Prepare, options: Tiling, parts: tuple[int, ...]
+) -> tuple[Array, tuple[Array, ...], Array]:
     """(lse [N], sum_n r_nk vectors_n [K,E], sum_n r_nk scalars_n [K,F]): both sweeps in one, on complete rows.
 
     Holds [K, row_tile] logits, so that a row's normaliser is finished before its responsibilities are used: two matrix
-    products instead of three. It pays on a CPU, where the sums [K,E] stay in cache between chunks."""
-    width, number, sample = _prepared_widths(prepare, queries, rows)
+    products instead of three. It pays on a CPU, where the sums [K,E] stay in cache between chunks. `parts`: the widths,
+    E in all, of the arrays that the second result comes in: cutting it afterwards would be a copy of [K,E]."""
+    _, number, sample = _prepared_widths(prepare, queries, rows)
     total = accumulation_dtype(queries, prototypes, bias, sample)
     operand = product_dtype(options.matmul_dtype, queries, prototypes)
     length, count = queries.shape[0], prototypes.shape[0]
@@ -235,6 +238,7 @@ def complete_sweep(
     keys, tall_bias = prototypes.astype(operand), bias.astype(total)[:, None]
     largest = jnp.sqrt(jnp.max(jnp.sum(keys.astype(total) ** 2, axis=1)))
     highest = jnp.max(tall_bias)
+    cuts = [sum(parts[:i]) for i in range(1, len(parts))]
 
     def body(carry, chunk):
         chunk_queries, vectors, scalars = prepare(*chunk)
@@ -254,12 +258,14 @@ def complete_sweep(
         inverse = (1.0 / jnp.where(mass == 0.0, jnp.ones((), total), mass))[:, None]
         # Rows are normalised on the [row_tile, E] side, which is smaller than [K, row_tile].
         vectors, scalars = vectors.astype(total) * inverse, scalars.astype(total) * inverse
-        return _add_products(carry, share, vectors, scalars, kind, total), top + jnp.log(mass)
+        found, columns = _products(share, vectors, scalars, kind, total)
+        pieces = *jnp.split(found, cuts, axis=1), columns
+        return [sums + piece for sums, piece in zip(carry, pieces, strict=True)], top + jnp.log(mass)
 
     chunks = (split(queries, row_tile), jax.tree.map(lambda a: split(a, row_tile), rows))
-    start = (jnp.zeros((count, width), total), jnp.zeros((count, number), total))
-    (first, sums), lse = lax.scan(body, start, chunks)
-    return join(lse, length), first, sums
+    start = [jnp.zeros((count, size), total) for size in (*parts, number)]
+    (*first, sums), lse = lax.scan(body, start, chunks)
+    return join(lse, length), tuple(first), sums
 
 
 # ------------------------------------------------------------------------------------------ attend's backward

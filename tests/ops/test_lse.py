@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from protojax.ops import kernels
 from protojax.ops.lse import attend, expectation, lse, soft_cross_entropy, soft_cross_entropy_pairs
 from protojax.ops.moments import accumulate
 from tests.ops import twins
@@ -140,10 +141,11 @@ def test_excluded_prototypes_count_nothing():
     assert all(bool(jnp.all(g == 0.0)) for g in gradients)
 
 
-def test_nan_rows_stay_in_their_row():
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_rows_that_are_not_finite_stay_in_their_row(value):
     queries, prototypes, bias = side(0, False)
-    found = lse(queries.at[3].set(jnp.nan), prototypes, bias, **TILES)
-    assert bool(jnp.isnan(found[3]))
+    found = lse(queries.at[3].set(value), prototypes, bias, **TILES)
+    assert not bool(jnp.isfinite(found[3]))
     close(jnp.delete(found, 3), jnp.delete(twins.lse(queries, prototypes, bias), 3))
 
 
@@ -189,3 +191,17 @@ def test_works_under_vmap_and_jit():
     found = jax.jit(jax.vmap(jax.grad(lambda m: jnp.sum(lse(queries, m, bias, **TILES)))))(seeds)
     for one, expected in zip(found, seeds, strict=True):
         close(one, jax.grad(lambda m: jnp.sum(twins.lse(queries, m, bias)))(expected))
+
+
+def test_policy_around_a_program_is_the_option_of_every_call():
+    """`products_in` stands in for a missing `matmul_dtype`, leaves a given one and float64 alone, and ends."""
+    wide = side(0, False, width=64)
+    narrow = tuple(a.astype(jnp.float32) for a in wide)
+    with kernels.products_in(jnp.bfloat16):
+        found, named, double = lse(*narrow), lse(*narrow, matmul_dtype=jnp.float32), lse(*wide)
+    np.testing.assert_array_equal(found, lse(*narrow, matmul_dtype=jnp.bfloat16))
+    np.testing.assert_array_equal(named, lse(*narrow))
+    np.testing.assert_array_equal(double, lse(*wide))
+    assert float(jnp.max(jnp.abs(found - named))) > 1e-4
+    with pytest.raises(TypeError, match=r"matmul_dtype must be .* got float16"), kernels.products_in(jnp.float16):
+        pass

@@ -1,0 +1,238 @@
+"""Prototypical self-supervision: joint, partial, decoupled and frozen prototypes. Names of its parts -> code."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from protojax import estimators as estimator_lib
+from protojax import objectives as objective_lib
+from protojax import optim, protocol
+from protojax.api import (
+    Array,
+    Batch,
+    Encoder,
+    Estimator,
+    EstimatorSpec,
+    Evaluation,
+    Objective,
+    Probe,
+    PyTree,
+    Recipe,
+    Source,
+    TrainState,
+)
+from protojax.config import Component, Config, check_options, options_of
+from protojax.data import longtail, views
+from protojax.evals import detectors, table
+from protojax.models.encoder import BACKBONES, make_encoder
+from protojax.models.heads import HEADS
+from protojax.ops import kernels
+from protojax.workloads import base, images
+from protojax.workloads.base import GIVEN, part
+from protojax.workloads.images import IMAGENET_MEAN, IMAGENET_STD, VIEWS
+
+ESTIMATORS: dict[str, Callable[..., Estimator]] = {
+    name: getattr(estimator_lib, name) for name in ("learned", "capi", "mixture", "balanced", "frozen")
+}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    name: getattr(objective_lib, name) for name in ("carp", "dino", "koleo_proto")
+}
+
+
+# ------------------------------------------------------------------------------------------------- the recipe
+def fill(cfg: ml_collections.ConfigDict) -> None:
+    """All options of the components at their defaults."""
+    tables: dict[str, Mapping[str, Callable]]
+    tables = {"backbone": BACKBONES, "head": HEADS, "estimator": ESTIMATORS, "views": VIEWS, "optim": optim.OPTIMIZERS}
+    base.fill_parts(cfg.method, tables)
+    base.fill_objective(cfg.method, OBJECTIVES)
+    images.fill_source(cfg.data)
+
+
+def build(config: Config) -> Recipe:
+    """The recipe of any arm."""
+    method = config.method
+    found = images.sources(config)
+    dtype = jnp.dtype(method.dtype)
+    large, small = part("views", method.views, VIEWS)
+    steps = base.total_steps(config, found["train"].spec.size)
+    encoder = _encoder(config, dtype)
+    estimator: Estimator = part("estimator", method.estimator, ESTIMATORS)
+    if method.logit_center is not None:
+        estimator = estimator_lib.with_logit_center(estimator, method.logit_center, features=reading(config))
+    terms = {}
+    for name, component in method.objective.items():
+        known = options_of(OBJECTIVES[component.name]) if component.name in OBJECTIVES else {}
+        timed = {"total_steps": steps} if "total_steps" in known else {}
+        weight = component.options.get("weight", 1.0)
+        terms[name] = (weight, part("objective", component, OBJECTIVES, **timed))
+        _check_block(name, component, method.estimator)
+    objective: Objective = objective_lib.combine(total_steps=steps, **terms)
+    objective_lib.check_inputs(objective, _available(estimator))
+    if method.products != "float32":
+        estimator, objective = _in_products(estimator, objective, method.products)
+    optimizer, learning_rate, clip_norm = base.optimiser(config, steps)
+    return Recipe(
+        sources=found,
+        views=views.make_views(large, small, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype, matmul_dtype=dtype),
+        teacher_views=views.teacher_views,
+        plain_view=lambda batch: views.plain_view(batch, large.size, IMAGENET_MEAN, IMAGENET_STD, dtype=dtype),
+        encoder=encoder,
+        # key=None: the teacher runs in training mode (its own batch-norm moments) but drops no path.
+        teacher=Encoder(encoder.init, lambda v, inputs, train, key: encoder.apply(v, inputs, train, None)),
+        estimator=estimator,
+        objective=objective,
+        rows=teacher_rows,
+        optimizer=optimizer,
+        schedules={"learning_rate": learning_rate, "momentum": base.momentum(config, steps)},
+        evaluations=_evaluations(config, found),
+        describe=estimator_lib.describe,
+        diagnose=detectors.Diagnosis(warmup_steps=round(0.1 * steps)),
+        total_steps=steps,
+        seed=config.seed,
+        clip_norm=clip_norm,
+    )
+
+
+def _in_products(estimator: Estimator, objective: Objective, dtype: str) -> tuple[Estimator, Objective]:
+    """Both, with the operands of their products with prototypes in `dtype`."""
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"config.method.products: expected 'float32' or 'bfloat16', got {dtype!r}.")
+
+    def inside(function: Callable | None) -> Any:
+        if function is None:
+            return None
+
+        def traced(*arguments: Any) -> Any:
+            with kernels.products_in(dtype):
+                return function(*arguments)
+
+        return traced
+
+    estimator = estimator._replace(**{k: inside(getattr(estimator, k)) for k in ("statistics", "update", "start")})
+    return estimator, objective._replace(loss=inside(objective.loss), terms=inside(objective.terms))
+
+
+def _check_block(name: str, part: Component, estimator: Component) -> None:
+    """The step would say so too, but only after minutes of compiling what comes before it."""
+    count, block = estimator.options.get("components"), part.options.get("block")
+    if isinstance(count, int) and isinstance(block, int) and (block < 1 or count % block):
+        raise ValueError(
+            f"config.method.estimator.components must be a multiple of config.method.objective.{name}.block, got K = "
+            f"{count} and block = {block}; choose a block that divides {count}."
+        )
+
+
+def reading(config: Config) -> str:
+    """How the estimator reads features: 'raw' or 'unit'. Estimators without the option read unit features."""
+    part = config.method.estimator
+    option = options_of(ESTIMATORS[part.name]).get("features")
+    return "unit" if option is None else part.options.get("features", option.default)
+
+
+def _available(estimator: Estimator) -> list[str]:
+    """Names of what the step gives to an objective."""
+    spec = EstimatorSpec(dim=8, rows=8, total_steps=1)
+    head = jax.eval_shape(lambda: estimator.head(jax.random.key(0), spec))
+    return base.input_names("student/image", "teacher/image", *(f"head/{name}" for name in head))
+
+
+def teacher_rows(embeddings: Mapping[str, Array], batch: Batch, head: PyTree = None) -> dict[str, Array]:
+    """Teacher embeddings [V,B,D] -> rows [B*V,D], image by image: with B sharded no row moves."""
+    image = jnp.swapaxes(embeddings["image"], 0, 1)
+    count, views_, dim = image.shape
+    mask = jnp.broadcast_to(batch["mask"][:, None], (count, views_))
+    return {"features": image.reshape(count * views_, dim), "mask": mask.reshape(count * views_)}
+
+
+def _encoder(config: Config, dtype: Any) -> Encoder:
+    backbone, head = config.method.backbone, config.method.head
+    check_options("backbone", backbone.name, BACKBONES, backbone.options, GIVEN)
+    check_options("head", head.name, HEADS, head.options, GIVEN)
+    clean = [{k: v for k, v in part.options.items() if v is not None} for part in (backbone, head)]
+    return make_encoder(backbone.name, head.name, backbone_options=clean[0], head_options=clean[1], dtype=dtype)
+
+
+def _evaluations(config: Config, found: Mapping[str, Source]) -> tuple[Evaluation, ...]:
+    evals = config.evals
+    specs = {k: s.spec for k, s in found.items()}
+    rule, counts = cast(longtail.GroupRule, evals.groups), specs["bank"].counts
+    groups = {k: longtail.groups(counts[k], rule) for k in evals.labels if k in counts}
+    setting = table.Setting(
+        specs, evals.labels, groups, evals.knn_k, evals.knn_temperature, config.seed, reading(config)
+    )
+    return table.make_evaluations({name: {} for name in evals.evaluations}, setting)
+
+
+# --------------------------------------------------------------------------------------- around the training
+def summarise(config: Config, result: Any) -> dict[str, Any]:
+    """The last evaluation, and its controls: `untrained_knn` and `initial_unique` (the same evaluations right after
+    initialisation), `random_unique` (a random codebook of equal K and D)."""
+    final, initial = dict(result.final), dict(result.initial)
+    prototypes = dict(final.pop("prototypes", {}) or {})
+    controls = {
+        **(final.pop("controls", {}) or {}),
+        "untrained_knn": initial.get("knn"),
+        "untrained_groups": initial.get("groups"),
+        "initial_effective_rank": initial.get("effective_rank"),
+    }
+    return {**final, "prototypes": prototypes, "controls": controls, "protocol": protocol.of_training(config).record()}
+
+
+def lines(summary: Mapping[str, Any]) -> list[str]:
+    """k-NN beside the untrained encoder's, and the audit."""
+    out = []
+    untrained = summary["controls"].get("untrained_knn") or {}
+    for label, values in (summary.get("knn") or {}).items():
+        cells = [f"k={k} {100 * v:.1f}% (untrained {100 * untrained.get(label, {}).get(k, float('nan')):.1f}%)"
+                 for k, v in values.items() if v is not None]  # fmt: skip
+        out.append(f"  k-NN {label}: " + ", ".join(cells))
+    p, initial = summary["prototypes"], summary["controls"].get("initial_unique") or {}
+    if p:
+        count = p["count"]
+        out.append(
+            f"  prototypes: {p['unique']['0.5']} of {count} unique at 0.5 (at the start {initial.get('0.5')}), "
+            f"{p['live']} live, {p['live_unique']['0.025']} live and unique at 0.025, perplexity {p['perplexity']:.0f}"
+        )
+    return out
+
+
+def report_data(config: Config, workdir: Path, probe: Probe) -> Any:
+    """Prototypes, their similarity and the images nearest to them."""
+    from protojax.reporting.data import write_report_data
+
+    return write_report_data(workdir, probe, images.images(config), reading(config))
+
+
+def hollow(config: Config, workdir: Path) -> Recipe:
+    """Shapes of the state depend on the batch and on the views, not on the images that they are cut from."""
+    some = Component("synthetic", {"size": 1, "classes": 1, "side": 8})
+    data = dataclasses.replace(config.data, source=some, root=None, train_split="train", test_split="test",
+                               longtail=type(config.data.longtail)())  # fmt: skip
+    return build(dataclasses.replace(config, data=data, evals=dataclasses.replace(config.evals, labels=())))
+
+
+def loaded(recipe: Recipe, state: TrainState, config: Config, workdir: Path) -> Any:
+    """The frozen teacher as a function of images."""
+    from protojax.loading import Encode
+
+    return Encode(recipe, state, config)
+
+
+WORKLOAD = base.Workload(
+    build=build,
+    begin=lambda cfg: None,
+    fill=fill,
+    summarise=summarise,
+    lines=lines,
+    report_data=report_data,
+    hollow=hollow,
+    loaded=loaded,
+)
