@@ -6,6 +6,7 @@ median counts; the first of ours runs twice in every round ("A/A"), whose spread
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +29,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--full", action="store_true", help="the large sizes, meant for an accelerator")
     options.add_argument("--tiny", action="store_true", help="sizes that only show that the script runs")
     options.add_argument("--repeats", type=int, default=20, help="rounds of the interleaved timing")
-    options.add_argument("--json", help="append the records to this file as JSON lines")
+    options.add_argument("--out", type=Path, help="folder for NAME.md (the table) and NAME.jsonl (the records)")
     options.add_argument("--no-torch", action="store_true", help="leave PyTorch out even where it is installed")
     options.add_argument(
         "--allow-portable", action="store_true", help="do not fail when an accelerator's kernel is off"
@@ -59,9 +61,9 @@ class Report:
         self.machine = {
             "device": jax.devices()[0].device_kind,
             "devices": jax.device_count(),
-            "cores": os.cpu_count(),
-            "jax": jax.__version__,
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "python": platform.python_version(),
+            **versions("jax", "jaxlib", "numpy", "scikit-learn", "torch"),
             **machine_rates(),
         }
         self.add(case="machine", **self.machine)
@@ -69,11 +71,7 @@ class Report:
     def add(self, **record: Any) -> None:
         record = {"benchmark": self.name, **record}
         self.records.append(record)
-        line = json.dumps(record)
-        print(line, flush=True)
-        if self.options.json:
-            with open(self.options.json, "a") as file:
-                file.write(line + "\n")
+        print(json.dumps(record), flush=True)
 
     def compare(self, case: str, contenders: Sequence[Contender], flops: float | None = None, **columns: Any) -> None:
         """Time `contenders` against one another (the first is ours) and record a row each."""
@@ -93,8 +91,33 @@ class Report:
     def table(self) -> None:
         rows = [{k: v for k, v in r.items() if k != "benchmark"} for r in self.records if r["case"] != "machine"]
         print("\n" + markdown(rows))
+        if self.options.out is not None:
+            self.write(self.options.out, rows)
         if self.fallbacks:
             sys.exit("the portable path ran instead of a kernel (--allow-portable): " + "; ".join(self.fallbacks))
+
+    def write(self, folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+        """NAME.md: command, machine and table; NAME.jsonl: every record."""
+        folder.mkdir(parents=True, exist_ok=True)
+        command = f"python -m benchmarks.{self.name} " + " ".join(sys.argv[1:])
+        machine = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.machine.items())
+        text = [f"# {self.name}", f"`{command.strip()}`, {time.strftime('%Y-%m-%d')}; {machine}.", markdown(rows)]
+        if self.fallbacks:
+            text.append("The portable path ran instead of a kernel: " + "; ".join(self.fallbacks))
+        (folder / f"{self.name}.md").write_text("\n\n".join(text) + "\n")
+        lines = [json.dumps(record) for record in ({"command": command}, *self.records)]
+        (folder / f"{self.name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions; what is not installed is left out."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

@@ -25,8 +25,8 @@ def get_config(argument: str = "") -> ConfigDict:
     c.data.batch_size = BATCH
     c.data.test_split = "val" if "2021" in flags or "folder" in flags else "validation"
     year = "2021" if "2021" in flags else "2018"
-    c.data.source = component("image_folder", canvas=256) if "folder" in flags else component(
-        f"tfds:i_naturalist{year}", canvas=256
+    c.data.source = component("image_folder", canvas=256, fit="whole") if "folder" in flags else component(
+        f"tfds:i_naturalist{year}", canvas=256, fit="whole"
     )  # fmt: skip
     c.method.epochs = float(EPOCHS)
     c.method.dtype = "bfloat16"

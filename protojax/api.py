@@ -81,11 +81,13 @@ class Codebook(NamedTuple):
 
 
 class EstimatorSpec(NamedTuple):
-    """dim: D. rows: teacher rows N seen at a step (global). total_steps: length of the run, for schedules."""
+    """dim: D. rows: teacher rows N seen at a step (global). total_steps: length of the run, for schedules. constants:
+    the recipe's frozen arrays, for heads that start from data."""
 
     dim: int
     rows: int
     total_steps: int
+    constants: Any = None
 
 
 class Estimator(NamedTuple):
@@ -117,22 +119,26 @@ class Objective(NamedTuple):
     """Turns embeddings into a scalar.
 
     requires: names that `inputs` must hold; checked when the recipe is built. inputs: `student`, `teacher`
-    (embeddings dicts), `target`, `prediction` (Codebooks), `mask [B]`, `batch`, `head` (all head parameters), `step`,
-    `key`.
+    (embeddings dicts; {} without a teacher), `target`, `prediction` (Codebooks; None without an estimator),
+    `estimator` (its state), `mask [B]`, `batch`, `head` (all head parameters), `step`, `key`.
     init(key, spec) -> params['head']['objective'] (often {}). loss(params, inputs) -> (scalar, Metrics).
+    terms(params, inputs) -> {name: (weight, weighted value)}, which sum to the loss: what the gradient probe takes
+    apart (None: one term).
     """
 
     requires: frozenset[str]
     init: Callable[[Key, EstimatorSpec], PyTree]
     loss: Callable[[PyTree, Mapping[str, Any]], tuple[Array, Metrics]]
+    terms: Callable[[PyTree, Mapping[str, Any]], dict[str, tuple[Array, Array]]] | None = None
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
 class FeatureBank(NamedTuple):
     """Features of one split, one centre view an image, padding removed, in split order.
 
-    backbone [M,F] float32 (evaluations); image [M,D] float32 (the space prototypes live in); labels: label key ->
-    int64 [M]; positions int64 [M]: where in the split; other embeddings by name in `extra`.
+    backbone [M,F] float32 (evaluations); image [M,D] float32 (the space prototypes live in), of width 0 where the
+    encoder gives no such embedding; labels: label key -> int64 [M]; positions int64 [M]: where in the split; other
+    embeddings by name, and the entries of a batch that the recipe keeps, in `extra`.
     """
 
     backbone: np.ndarray
@@ -144,7 +150,8 @@ class FeatureBank(NamedTuple):
 
 class Probe(NamedTuple):
     """What an evaluation may look at. bank(split) computes once and remembers; `initial` holds the metrics that the
-    same evaluations gave right after initialisation (empty at step 0)."""
+    same evaluations gave right after initialisation (empty at step 0). codebook: what the estimator calls its target
+    (None: no estimator). head() -> params['head'] on the host; encode(batch) -> embeddings of any batch."""
 
     step: int
     bank: Callable[[str], FeatureBank]
@@ -152,6 +159,8 @@ class Probe(NamedTuple):
     codebook: Codebook | None
     info: Mapping[str, Any]
     initial: Mapping[str, Any]
+    head: Callable[[], PyTree] = dict
+    encode: Callable[[Batch], dict[str, np.ndarray]] | None = None
 
 
 class Evaluation(NamedTuple):
@@ -162,17 +171,35 @@ class Evaluation(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------- recipe
+class Stopping(NamedTuple):
+    """End a run early: at the evaluation after which `metric` (its path in the record, 'soft_labels/val/skill') has not
+    risen above its best, nor above `floor`, for `patience` evaluations. The last state is the one that is reported."""
+
+    metric: str
+    patience: int
+    floor: float = 0.0
+
+
 class Recipe(NamedTuple):
     """Everything `train.run` needs; built by `experiment.build`, the only place that maps names to code.
 
     sources: 'train' (shuffled), and one ordered pass per split for evaluation: 'bank', 'test', ...
     views(key, batch) -> inputs of the student (on the device, inside the step). teacher_views(inputs) -> the part of
     them that the teacher sees. plain_view(batch) -> inputs for evaluation (one centre view, V = 1).
-    teacher: the student's network as the teacher runs it (no drop path); same parameters.
-    rows(embeddings, batch) -> rows for the estimator.
+    teacher: the student's network as the teacher runs it (no drop path); same parameters. None: there is no EMA copy
+    and no second forward pass, and evaluations look at the student.
+    estimator: None where nothing is learned without gradients; then `rows` is not called and there is no codebook.
+    rows(embeddings, batch, head) -> rows for the estimator, from the teacher's embeddings ({} without a teacher).
     schedules: scalars that are pure functions of the step, logged beside the metrics; 'momentum' (EMA coefficient of
-    the teacher) must be there. describe(S) -> what evaluations may know about the estimator ('usage' [K], 'center').
-    diagnose(records, options) -> findings in the history of a run.
+    the teacher) must be there when there is a teacher. describe(S) -> what evaluations may know about the estimator
+    ('usage' [K], 'center'). diagnose(records, options) -> findings in the history of a run.
+
+    constants: frozen arrays (towers, banks): an argument of the compiled step, never closed over and never saved. All
+    functions of a batch find them in batch['constants']; initialisations in spec.constants.
+    keep: entries of a batch that feature banks hold beside embeddings. spec: D and N where they cannot be read off the
+    rows that a teacher gives. clip_norm: the optimiser's, for the rate of clipped steps. stopping: None: to the end.
+    subtrees(params) -> named parts whose gradient norm is logged (None: two levels of the tree). micro_batches: parts
+    that a batch is encoded in (`accumulation`).
     """
 
     sources: Mapping[str, Source]
@@ -180,10 +207,10 @@ class Recipe(NamedTuple):
     teacher_views: Callable[[PyTree], PyTree]
     plain_view: Callable[[Batch], PyTree]
     encoder: Encoder
-    teacher: Encoder
-    estimator: Estimator
+    teacher: Encoder | None
+    estimator: Estimator | None
     objective: Objective
-    rows: Callable[[Mapping[str, Array], Batch], dict[str, Array]]
+    rows: Callable[[Mapping[str, Array], Batch, PyTree], dict[str, Array]] | None
     optimizer: Any  # optax.GradientTransformation
     schedules: Mapping[str, Callable[[Array], Array]]
     evaluations: tuple[Evaluation, ...]
@@ -191,12 +218,19 @@ class Recipe(NamedTuple):
     diagnose: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
     total_steps: int
     seed: int
+    constants: PyTree = None
+    keep: tuple[str, ...] = ()
+    spec: EstimatorSpec | None = None
+    clip_norm: float | None = None
+    stopping: Stopping | None = None
+    subtrees: Callable[[PyTree], dict[str, PyTree]] | None = None
+    micro_batches: int = 1
 
 
 class TrainState(NamedTuple):
     """All that a checkpoint holds. params = {'encoder': tree, 'head': {'prototypes': ..., 'objective': ...}};
-    teacher = {'params': EMA of params, 'stats': its batch-norm moments}. No RNG keys: they are folded from
-    (seed, stream, step)."""
+    teacher = {'params': EMA of params, 'stats': its batch-norm moments}, or {} without a teacher; estimator: {} without
+    one. No RNG keys: they are folded from (seed, stream, step)."""
 
     step: Array
     params: PyTree

@@ -28,7 +28,7 @@ def _estimator(name: str, **options: object) -> Change:
 def _mixture_option(**options: object) -> Change:
     def change(c: ml_collections.ConfigDict) -> None:
         if c.method.estimator.name != "mixture":
-            _estimator("mixture")(c)
+            ARMS["mixture"](c)
         for k, v in options.items():
             c.method.estimator[k] = v
 
@@ -38,10 +38,26 @@ def _mixture_option(**options: object) -> Change:
 def _dino(c: ml_collections.ConfigDict) -> None:
     """DINO's loss, unit features and centred teacher logits in place of CARP's."""
     c.method.objective = ml_collections.ConfigDict({"dino": {"weight": 1.0}})
-    c.method.head = component("dino", **{k: v for k, v in c.method.head.items() if k in ("layers", "hidden", "dim")})
+    c.method.head = component(
+        "dino", **{k: v for k, v in c.method.head.items() if k in ("layers", "hidden", "dim", "whiten")}
+    )
     c.method.logit_center = 0.9
     if "features" in c.method.estimator or c.method.estimator.name in ("mixture", "learned", "frozen"):
         c.method.estimator.features = "unit"
+
+
+def _swav(c: ml_collections.ConfigDict) -> None:
+    """SwAV's loss, unit features and balanced targets: over the estimator's queue if it has one, or the batch."""
+    center = c.method.logit_center
+    _dino(c)
+    c.method.logit_center = center
+    own = c.method.estimator.name == "queue_sinkhorn"
+    c.method.objective = ml_collections.ConfigDict({"swav": {"weight": 1.0, "iterations": 0 if own else 3}})
+
+
+def _joint_swav(c: ml_collections.ConfigDict) -> None:
+    _estimator("queue_sinkhorn")(c)
+    _swav(c)
 
 
 def _joint_koleo(c: ml_collections.ConfigDict) -> None:
@@ -64,12 +80,19 @@ ARMS: dict[str, Change] = {
     "partial": _estimator("capi"),
     "frozen": _estimator("frozen"),
     "joint_koleo": _joint_koleo,
-    "mixture": _estimator("mixture"),
+    "mixture": _estimator("mixture", covariance="spherical"),
     "balanced": _estimator("balanced"),
     "uniform_forgetting": _mixture_option(forgetting="uniform"),
     "no_centering": _mixture_option(center=False),
     "decoupled_dino": _dino,
     "joint_dino": _joint_dino,
+    "decoupled_swav": _swav,
+    "joint_swav": _joint_swav,
+    "spherical_kmeans": _estimator("spherical_kmeans"),
+    "periodic_kmeans": _estimator("periodic_kmeans"),
+    "von_mises_fisher": _estimator("von_mises_fisher"),
+    "variational": _estimator("variational"),
+    "coupled": _estimator("coupled", coupling=0.5),
 }
 
 

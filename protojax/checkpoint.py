@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from protojax import distributed
 from protojax.api import PyTree
 from protojax.parallel import path_of
 
@@ -56,7 +58,7 @@ def check_writable(directory: Path) -> None:
     """Create the directory and write a byte. Raises PermissionError or OSError with what to do."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".writable"
+        probe = directory / f".writable-{socket.gethostname()}-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
@@ -147,7 +149,7 @@ class Checkpoints:
             try:
                 record = self.record(step)
                 accept(record)
-                return step, self.restore(step, shapes, shardings), record
+                return step, self._restored_everywhere(step, shapes, shardings), record
             except CheckpointError as error:
                 if "damaged" not in str(error):
                     raise
@@ -159,10 +161,23 @@ class Checkpoints:
         return None
 
     def _set_aside(self, step: int) -> None:
-        target = self.directory.parent / f"damaged-{step}"
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.move(str(self.directory / str(step)), str(target))
+        if jax.process_index() == 0:
+            target = self.directory.parent / f"damaged-{step}"
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.move(str(self.directory / str(step)), str(target))
+        distributed.barrier(f"set-aside-{step}")
         self._manager.reload()
+
+    def _restored_everywhere(self, step: int, shapes: PyTree, shardings: PyTree) -> PyTree:
+        """`restore`, which on several processes fails on all of them where it fails on one."""
+        state, problem = None, None
+        try:
+            state = self.restore(step, shapes, shardings)
+        except CheckpointError as error:
+            problem = error
+        if distributed.all_ok(problem is None):
+            return state
+        raise problem or CheckpointError(self._damaged(step, "another process could not read it"))
 
     def _damaged(self, step: int, error: Any) -> str:
         text = str(error).strip().splitlines() or [type(error).__name__]

@@ -46,7 +46,8 @@ class Method:
     """What is learned and how. Exactly one of `epochs` and `steps` is set (0 unsets one).
 
     logit_center: momentum of DINO's centre of the teacher's logits (0.9 there); None: no centre.
-    products: dtype of the operands of products with prototypes; 'bfloat16' halves their time on accelerators at an error
+    products: dtype of the operands of products with prototypes; 'bfloat16' halves their time on accelerators at an
+    error
         of about 2^-9 of a cosine, which a temperature of 0.01 turns into 0.2 of a logit. Sums stay float32.
     micro_batches: parts of a batch that are encoded one after another, for memory; exact but for batch norm.
     soft_label, prompts, alignment: the options of those workloads; None elsewhere (`experiment.defaults(workload)`).
@@ -110,7 +111,8 @@ class Evals:
     batch_size: images a forward pass. groups: 'inat' (> 100, 20-100, < 20 training images) or 'terciles'. evaluations:
     names in `evals.table`; those that need labels are left out where `labels` is empty.
     patience: stop when the workload's validation metric has not risen for so many evaluations (None: never).
-    calibrate: fit a temperature on the validation split (soft labels). prompts, alignment: options of their evaluations.
+    calibrate: fit a temperature on the validation split (soft labels). prompts, alignment: options of their
+    evaluations.
     """
 
     every: float = 0.1

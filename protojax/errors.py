@@ -14,9 +14,27 @@ USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError)
 def guarded(function: Callable[[], int]) -> int:
     """Run a command; a user's error becomes one line on stderr and exit status 2 (PROTOJAX_TRACEBACK=1 shows all)."""
     try:
-        return function()
+        return _leave(function(), "")
     except USER_ERRORS as error:
         if os.environ.get("PROTOJAX_TRACEBACK"):
             traceback.print_exc()
-        print(f"protojax: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        text = " ".join(str(error).split())
+        print(f"protojax: error: {text}", file=sys.stderr)
+        return _leave(2, text)
+    except BaseException as error:
+        if "protojax.distributed" in sys.modules:  # with several processes it ends here: the others must hear of it
+            from protojax import distributed
+
+            if distributed.several():
+                traceback.print_exc()
+                _leave(1, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _leave(status: int, reason: str) -> int:
+    """What is to be said to the other processes of the run, if there are any."""
+    if "protojax.distributed" not in sys.modules:
+        return status
+    from protojax import distributed
+
+    return distributed.leave(status, reason)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from protojax import experiment, metrics, parallel, probing, train
 from protojax import step as step_lib
 from protojax.api import Recipe, TrainState
 from protojax.checkpoint import Checkpoints
-from protojax.config import Component, Config, Data, freeze
+from protojax.config import Config, freeze
 
 
 class Encode:
@@ -27,9 +26,9 @@ class Encode:
 
     def __init__(self, recipe: Recipe, state: TrainState, config: Config, batch_size: int = 256):
         self.config, self.step, self.batch_size = config, int(state.step), batch_size
-        target, _ = recipe.estimator.codebooks(state.estimator, state.teacher["params"]["head"]["prototypes"])
+        _, self._variables, head = step_lib.observer(recipe, state)
+        target, _ = step_lib.codebooks(recipe, state.estimator, head, head)
         self.prototypes = np.asarray(target.prototypes)
-        self._variables = {"params": state.teacher["params"]["encoder"], "stats": state.teacher["stats"]}
         self._forward = probing.make_forward(recipe, parallel.make_mesh(1, 1, devices=jax.devices()[:1]))
 
     def encode(self, images: np.ndarray, output: str = "backbone") -> np.ndarray:
@@ -87,23 +86,26 @@ def _read(workdir: Path | str, config: Config, step: int | None, shapes: Any, sh
         checkpoints.close()
 
 
-def load(workdir: Path | str, step: int | None = None) -> Encode:
-    """The teacher of a run as a frozen encoder on one device; neither the training data nor the devices of the run are
-    needed. step: that of a checkpoint (default: the newest).
+def load(workdir: Path | str, step: int | None = None) -> Any:
+    """The model of a run on one device: a frozen image encoder (`Encode`) or what the run's workload makes of it.
+
+    Neither the training data nor the devices of the run are needed. step: that of a checkpoint (default: the newest).
 
     Raises FileNotFoundError when there is no run or no checkpoint, ValueError for a step that was not kept,
     CheckpointError when the checkpoint is damaged.
     """
+    config, recipe, state = bare(workdir, step)
+    workload = experiment.workload(config.method.workload)
+    return workload.loaded(recipe, jax.device_put(state, jax.devices()[0]), config, Path(workdir))
+
+
+def bare(workdir: Path | str, step: int | None = None) -> tuple[Config, Recipe, TrainState]:
+    """Configuration, a recipe without the run's data, and the state of a checkpoint. Raises as `load`."""
     config = read_config(workdir)
-    # Shapes of the state depend on the batch and on the views, not on the images that they are cut from.
-    some = Component("synthetic", {"size": 1, "classes": 1, "side": 8})
-    data = Data(source=some, batch_size=config.data.batch_size)
-    recipe = experiment.build(
-        dataclasses.replace(config, data=data, evals=dataclasses.replace(config.evals, labels=()))
-    )
-    shapes = jax.eval_shape(lambda b: step_lib.init_state(recipe, b), recipe.sources["train"].batch(0))
-    state = _read(workdir, config, step, shapes, None)
-    return Encode(recipe, jax.device_put(state, jax.devices()[0]), config)
+    recipe = experiment.workload(config.method.workload).hollow(config, Path(workdir))
+    example = step_lib.join(recipe.sources["train"].batch(0), recipe.constants)
+    shapes = jax.eval_shape(lambda b: step_lib.init_state(recipe, b), example)
+    return config, recipe, _read(workdir, config, step, shapes, None)
 
 
 def evaluate(workdir: Path | str, step: int | None = None) -> dict[str, Any]:
@@ -111,5 +113,5 @@ def evaluate(workdir: Path | str, step: int | None = None) -> dict[str, Any]:
     _, session, state = restore(workdir, step)
     records = metrics.read_records(Path(workdir) / "metrics.jsonl")
     initial = metrics.evaluated(records, 0) or {}
-    probe = probing.make_probe(session.recipe, session.forward, state, session.mesh, initial)
+    probe = probing.make_probe(session.recipe, session.forward, state, session.mesh, initial, session.constants)
     return {"step": probe.step, **probing.run_evaluations(session.recipe, probe)}

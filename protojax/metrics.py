@@ -68,6 +68,29 @@ def flatten(value: Any, prefix: str = "") -> dict[str, float]:
     return {prefix: float(value)}
 
 
+def flat_items(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {'a.b': leaf}, leaves of any kind as they are."""
+    out: dict[str, Any] = {}
+    for k, v in value.items():
+        out |= flat_items(v, f"{prefix}{k}.") if isinstance(v, Mapping) else {f"{prefix}{k}": v}
+    return out
+
+
+def histograms(value: Any, prefix: str) -> dict[str, dict[str, Any]]:
+    """'a/b' -> arguments of TensorBoard's raw histogram, for every {upper limit: count} in a nested dict: one whose
+    last limit is 'inf', as `evals.audit.usage_histogram` has. Sums are those of the bins' limits."""
+    if not isinstance(value, Mapping):
+        return {}
+    if "inf" not in value:
+        return {k: v for name, inner in value.items() for k, v in histograms(inner, f"{prefix}/{name}").items()}
+    limits = [float(limit) for limit in value if limit != "inf"]
+    limits.append(10.0 * max(limits))
+    counts = [float(n) for n in value.values()]
+    total = [sum(n * limit**power for n, limit in zip(counts, limits, strict=True)) for power in (0, 1, 2)]
+    bins = {"bucket_limits": limits, "bucket_counts": counts, "min": 0.0, "max": limits[-1]}
+    return {prefix: {**bins, "num": total[0], "sum": total[1], "sum_squares": total[2]}}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of it."""
     temporary = path.with_suffix(path.suffix + ".tmp")
@@ -107,11 +130,17 @@ class Writer:
         tensorboard: bool = True,
         wandb: Any = None,
         main: bool = True,
+        history: list[dict[str, Any]] | None = None,
     ):
-        """step: that of the checkpoint that the run resumes from; None: a new run, whose file starts empty."""
+        """step: that of the checkpoint that the run resumes from; None: a new run, whose file starts empty. history:
+        the records so far, where the file of another process holds them."""
         self.path = workdir / "metrics.jsonl"
         self.main = main
-        self.records = [] if step is None else [r for r in read_records(self.path) if r["step"] <= step]
+        self.records = (
+            []
+            if step is None
+            else [r for r in (read_records(self.path) if history is None else history) if r["step"] <= step]
+        )
         self._wandb = wandb
         self._board: Any = None
         if not main:
@@ -135,8 +164,12 @@ class Writer:
         self._file.write(json.dumps(record) + "\n")
         numbers = {f"{kind}/{k}": v for k, v in flatten(record.get("metrics", {})).items()}
         if self._board is not None:
+            binned = histograms(record.get("metrics", {}), kind)
             for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
+                if name.rpartition("/")[0] not in binned:
+                    self._board.add_scalar(name, value, step)
+            for name, bins in binned.items():
+                self._board.add_histogram_raw(name, **bins, global_step=step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
         return record
@@ -155,25 +188,47 @@ class Writer:
             self._board.close()
 
 
+STARVING = 0.1  # of the time of a lap
+
+
 class Meter:
-    """Images a second of training alone: compilation, evaluation and saving are left out by `pause`."""
+    """Images a second of training alone: compilation, evaluation and saving are left out by `start`."""
 
     def __init__(self) -> None:
         self.images = self.seconds = self.waited = 0.0
         self._last: float | None = None
+        self._share, self._warned = 0.0, False
 
     def start(self) -> None:
         self._last = time.perf_counter()
 
-    def lap(self, images: int, waited: float) -> tuple[float, float]:
-        """After `images` images: (images/s of this lap, share of it spent waiting for input). Starts the next lap."""
+    def lap(self, images: int, waited: float, lag: float = 0.0) -> tuple[float, float]:
+        """After `images` images: (images/s of this lap, share of it that the device waited for input). Starts the next.
+
+        waited: seconds that the host waited for batches; lag: seconds that it then waited for the device to catch up.
+        Dispatch is asynchronous: a host that waits while the device still has work costs nothing, so the device stood
+        idle for max(0, waited - lag) at most.
+        """
+        waited = max(0.0, waited - lag)
         now = time.perf_counter()
         seconds = now - (self._last if self._last is not None else now)
         self._last = now
         self.images += images
         self.seconds += seconds
         self.waited += waited
-        return (images / seconds, waited / seconds) if seconds > 0 else (0.0, 0.0)
+        self._share = waited / seconds if seconds > 0 else 0.0
+        return (images / seconds, self._share) if seconds > 0 else (0.0, 0.0)
+
+    def starving(self) -> str:
+        """What to say, once, when the device waited for input for more than STARVING of the last lap; else ''."""
+        if self._warned or self._share <= STARVING:
+            return ""
+        self._warned = True
+        return (
+            f"the device waits for data {self._share:.0%} of the time: more decoding threads (data.source.workers), "
+            "reading processes (system.workers), more prefetch (system.prefetch) or a packed copy (data.source.packed) "
+            "make reading faster (docs/data.md)"
+        )
 
     @property
     def rate(self) -> float:

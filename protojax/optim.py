@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import optax
+import optax.contrib
 
 from protojax.api import Array, PyTree
 from protojax.schedules import make_schedule
@@ -30,6 +31,13 @@ def _kernels(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.ndim >= 2, tree)
 
 
+def _final_kernel(tree: PyTree) -> PyTree:
+    """True for the kernel of the layer named 'out'."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: [str(getattr(k, "key", "")) for k in path[-2:]] == ["out", "kernel"], tree
+    )
+
+
 def adamw(
     *,
     total_steps: int,
@@ -41,13 +49,37 @@ def adamw(
     b1: float = 0.9,
     b2: float = 0.999,
     clip_norm: float | None = None,
+    final_layer_weight_decay: float = 0.0,
+    schedule: str = "cosine",
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """AdamW (Loshchilov & Hutter 2019). weight_decay_end: cosine to this value over the run (DINO: 0.04 -> 0.4).
-    Returns (transformation, learning-rate schedule)."""
+    final_layer_weight_decay: on top, for the kernel of the layer named 'out' (the classifier), decoupled. schedule:
+    'cosine', or 'plateau': the warm-up, then peak_lr, halved each time that the mean training loss of a twentieth of
+    the run has not fallen for five of them. Returns (transformation, learning-rate schedule). Raises ValueError for
+    another schedule or a negative decay."""
+    if schedule not in ("cosine", "plateau"):
+        raise ValueError(f"adamw, schedule: expected 'cosine' or 'plateau', got {schedule!r}.")
+    if not final_layer_weight_decay >= 0:
+        raise ValueError(f"adamw, final_layer_weight_decay: expected a number >= 0, got {final_layer_weight_decay!r}.")
+    if schedule == "plateau":
+        end_lr = peak_lr
     lr = warmup_cosine(total_steps, peak_lr, end_lr, warmup_fraction)
     ends = ("cosine", weight_decay, weight_decay if weight_decay_end is None else weight_decay_end)
     decay = weight_decay if weight_decay_end is None else make_schedule(ends, total_steps, "weight decay")
-    return _clipped(optax.adamw(lr, b1=b1, b2=b2, weight_decay=decay, mask=_kernels), clip_norm), lr
+    moves = optax.adamw(lr, b1=b1, b2=b2, weight_decay=decay, mask=_kernels)
+    if final_layer_weight_decay:
+        moves = optax.chain(
+            optax.scale_by_adam(b1=b1, b2=b2),
+            optax.add_decayed_weights(decay, _kernels),
+            optax.add_decayed_weights(final_layer_weight_decay, _final_kernel),
+            optax.scale_by_learning_rate(lr),
+        )
+    if schedule == "plateau":
+        window = max(1, round(total_steps / 20))
+        moves = optax.chain(
+            moves, optax.contrib.reduce_on_plateau(factor=0.5, patience=5, rtol=0.0, accumulation_size=window)
+        )
+    return _clipped(moves, clip_norm), lr
 
 
 def sgd(

@@ -23,6 +23,18 @@ RULES: tuple[tuple[str, P | None], ...] = (
     (r"^estimator/(.*/)?memory/", P(ALL)),
     (r".*", None),
 )
+# With system.fsdp, before those: encoder parameters wherever they occur (parameters, EMA, optimiser state).
+FSDP_RULE = r"^(params|teacher|opt)/(.*/)?encoder/"
+FSDP_SMALLEST = 2**14  # numbers: below, a copy on each device costs less than gathering
+
+
+def fsdp_spec(shape: tuple[int, ...], devices: int) -> P | None:
+    """The longest axis that divides over `devices` is split; None (a copy on each) for small or indivisible arrays."""
+    fitting = [axis for axis, size in enumerate(shape) if size % devices == 0]
+    if not fitting or int(np.prod(shape)) < FSDP_SMALLEST:
+        return None
+    longest = max(fitting, key=lambda axis: shape[axis])
+    return P(*([None] * longest), ALL)
 
 
 def make_mesh(data: int = -1, proto: int = 1, devices: list[Any] | None = None) -> Mesh:
@@ -62,14 +74,16 @@ def path_of(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def state_shardings(mesh: Mesh, shapes: Any) -> Any:
-    """A tree of NamedSharding for a tree of shapes, by RULES.
+def state_shardings(mesh: Mesh, shapes: Any, fsdp: bool = False) -> Any:
+    """A tree of NamedSharding for a tree of shapes, by RULES; fsdp: encoder parameters by FSDP_RULE.
 
     Raises ValueError for an array that is to be split and whose first axis does not divide over the devices.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_of(path)
+        if fsdp and re.search(FSDP_RULE, name):
+            return NamedSharding(mesh, fsdp_spec(leaf.shape, mesh.size) or P())
         spec = next(s for pattern, s in RULES if re.search(pattern, name))
         if spec is None or leaf.ndim == 0:
             return NamedSharding(mesh, P())
@@ -87,9 +101,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def place_constants(mesh: Mesh, constants: Any) -> Any:
+    """Frozen arrays on every device (None: there are none). Every process holds the same ones."""
+    return None if constants is None else jax.device_put(constants, replicated(mesh))
+
+
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Rows over all devices; `axis` is where the batch axis is (1 when steps are stacked in front)."""
     return NamedSharding(mesh, P(*([None] * axis), ALL))
+
+
+def global_shapes(batch: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the global batch of which every process holds equally many rows."""
+    count = jax.process_count()
+    return {
+        k: jax.ShapeDtypeStruct((v.shape[0] * count, *v.shape[1:]), jax.dtypes.canonicalize_dtype(v.dtype))
+        for k, v in batch.items()
+    }
 
 
 def to_device(mesh: Mesh, batch: dict[str, np.ndarray], axis: int = 0) -> dict[str, jax.Array]:
@@ -100,8 +128,15 @@ def to_device(mesh: Mesh, batch: dict[str, np.ndarray], axis: int = 0) -> dict[s
 
 def to_host(tree: Any) -> Any:
     """Device arrays -> numpy, whatever their sharding (all processes get everything)."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
 
-        return multihost_utils.process_allgather(tree, tiled=True)
-    return jax.device_get(tree)
+    def one(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return np.asarray(x)
+        if x.is_fully_replicated:
+            return np.asarray(x.addressable_data(0))
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree)

@@ -10,48 +10,68 @@ import numpy as np
 
 from protojax.api import FeatureBank, Probe, Recipe, Source, TrainState
 from protojax.parallel import replicated, to_device, to_host
-from protojax.step import stream
+from protojax.step import codebooks, join, observer, stream
+
+VIEWED = ("image", "backbone")  # embeddings with an axis of views in front
 
 
 def make_forward(recipe: Recipe, mesh: jax.sharding.Mesh) -> Any:
-    """Jitted (teacher variables, batch) -> embeddings of the plain view (V = 1 taken out)."""
+    """Jitted (variables, batch, constants=None) -> embeddings of the plain view; image and backbone without V = 1."""
 
-    def forward(variables: Any, batch: Any) -> dict[str, jax.Array]:
+    def forward(variables: Any, batch: Any, constants: Any = None) -> dict[str, jax.Array]:
         key = stream(recipe.seed, "evaluation")
-        embeddings, _ = recipe.teacher.apply(variables, recipe.plain_view(batch), False, key)
-        return {k: (v[0] if v.ndim == 3 else v) for k, v in embeddings.items()}
+        network = recipe.teacher or recipe.encoder
+        embeddings, _ = network.apply(variables, recipe.plain_view(join(batch, constants)), False, key)
+        return {k: (v[0] if k in VIEWED and v.ndim == 3 else v) for k, v in embeddings.items()}
 
     return jax.jit(forward, out_shardings=replicated(mesh))
 
 
-def feature_bank(forward: Any, variables: Any, source: Source, mesh: jax.sharding.Mesh) -> FeatureBank:
-    """One pass over a split in its order; padding rows are dropped. Labels are those that the source names."""
+def feature_bank(
+    forward: Any,
+    variables: Any,
+    source: Source,
+    mesh: jax.sharding.Mesh,
+    constants: Any = None,
+    keep: tuple[str, ...] = (),
+) -> FeatureBank:
+    """One pass over a split in its order; padding rows are dropped. Labels are those that the source names; `keep`:
+    entries of a batch that go to `extra` beside embeddings."""
     columns: dict[str, list[np.ndarray]] = {}
     labels = list(source.spec.classes)
     for step in range(source.spec.steps_per_epoch):
-        batch = to_device(mesh, source.batch(step))
-        embeddings = {f"embedding/{k}": v for k, v in forward(variables, batch).items()}
-        host = to_host({**embeddings, **{k: batch[k] for k in ("mask", "index", *labels)}})
-        keep = np.asarray(host.pop("mask"), bool)
+        loaded = source.batch(step)
+        batch = to_device(mesh, loaded)
+        embeddings = {f"embedding/{k}": v for k, v in forward(variables, batch, constants).items()}
+        kept = [k for k in keep if k in loaded]
+        host = to_host({**embeddings, **{k: batch[k] for k in ("mask", "index", *labels, *kept)}})
+        mask = np.asarray(host.pop("mask"), bool)
         for name, value in host.items():
-            columns.setdefault(name, []).append(np.asarray(value)[keep])
+            columns.setdefault(name, []).append(np.asarray(value)[mask])
     merged = {k: np.concatenate(v) for k, v in columns.items()}
     embeddings = {k.removeprefix("embedding/"): v for k, v in merged.items() if k.startswith("embedding/")}
-    backbone, image = embeddings.pop("backbone"), embeddings.pop("image")
+    nothing = np.zeros((len(merged["index"]), 0), np.float32)
+    backbone, image = embeddings.pop("backbone", nothing), embeddings.pop("image", nothing)
     return FeatureBank(
         backbone=backbone.astype(np.float32),
         image=image.astype(np.float32),
         labels={k: merged[k].astype(np.int64) for k in labels},
         positions=merged["index"].astype(np.int64),
-        extra=embeddings,
+        extra={**embeddings, **{k: merged[k] for k in keep if k in merged}},
     )
 
 
 def make_probe(
-    recipe: Recipe, forward: Any, state: TrainState, mesh: jax.sharding.Mesh, initial: Mapping[str, Any]
+    recipe: Recipe,
+    forward: Any,
+    state: TrainState,
+    mesh: jax.sharding.Mesh,
+    initial: Mapping[str, Any],
+    constants: Any = None,
 ) -> Probe:
-    """A Probe on the teacher at this state; banks are computed when first asked for, once."""
-    variables = {"params": state.teacher["params"]["encoder"], "stats": state.teacher["stats"]}
+    """A Probe on the teacher (or, without one, the student) at this state; banks are computed when first asked for,
+    once."""
+    _, variables, head = observer(recipe, state)
     banks: dict[str, FeatureBank] = {}
 
     def bank(split: str) -> FeatureBank:
@@ -59,18 +79,21 @@ def make_probe(
             known = sorted(set(recipe.sources) - {"train"})
             raise ValueError(f"no split {split!r} to evaluate; this recipe has {known}.")
         if split not in banks:
-            banks[split] = feature_bank(forward, variables, recipe.sources[split], mesh)
+            banks[split] = feature_bank(forward, variables, recipe.sources[split], mesh, constants, recipe.keep)
         return banks[split]
 
-    target, _ = recipe.estimator.codebooks(state.estimator, state.teacher["params"]["head"]["prototypes"])
-    info = {k: np.asarray(v) for k, v in to_host(recipe.describe(state.estimator)).items()}
+    target, _ = codebooks(recipe, state.estimator, head, head)
+    described = {} if recipe.estimator is None else recipe.describe(state.estimator)
+    info = {k: np.asarray(v) for k, v in to_host(described).items()}
     return Probe(
         step=int(to_host(state.step)),
         bank=bank,
         specs={k: s.spec for k, s in recipe.sources.items()},
-        codebook=jax.tree.map(np.asarray, to_host(target)),
+        codebook=None if target is None else jax.tree.map(np.asarray, to_host(target)),
         info=info,
         initial=initial,
+        head=lambda: to_host(head),
+        encode=lambda batch: to_host(forward(variables, to_device(mesh, batch), constants)),
     )
 
 

@@ -6,13 +6,13 @@ Neither needs a device, a checkpoint or a network: they read what the trainer wr
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
-from protojax.reporting import sections
+from protojax import experiment
 from protojax.reporting.compare import compare
-from protojax.reporting.facts import facts_of
-from protojax.reporting.page import page
-from protojax.reporting.records import load_run, write_text
+from protojax.reporting.page import Html, page
+from protojax.reporting.records import Run, dig, load_run, write_text
 
 __all__ = ["compare", "write_report"]
 
@@ -28,17 +28,12 @@ def write_report(run_dir: str | Path) -> Path:
       ValueError: the directory does not exist, holds nothing of a run, or cannot be written.
     """
     run = load_run(run_dir)
-    facts = facts_of(run)
-    document = page(
-        f"{facts.name}: {facts.arm}",
-        sections.heading(run, facts),
-        sections.verdict(run, facts),
-        sections.found(facts),
-        sections.what_next(run, facts),
-        sections.reading_problems(run),
-        sections.figures(run, facts),
-        sections.samples(run),
-        sections.numbers(run, facts),
-        sections.configuration(run),
-    )
-    return write_text(run.path / "report.html", document)
+    title, parts = page_of(run)
+    return write_text(run.path / "report.html", page(title, *parts))
+
+
+def page_of(run: Run) -> tuple[str, tuple[Html, ...]]:
+    """(title, sections) as the run's workload draws them: `protojax.reporting.WORKLOAD` has `parts(run)`."""
+    workload = dig(run.config, "method", "workload") or dig(run.summary, "workload") or "prototypes"
+    known = workload if workload in experiment.WORKLOADS else "prototypes"
+    return importlib.import_module(f"protojax.reporting.{known}").parts(run)

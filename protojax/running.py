@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from protojax import checkpoint, experiment, metrics, parallel, summary, train
-from protojax.api import Recipe
+from protojax import __version__, checkpoint, distributed, experiment, metrics, parallel, summary, train
+from protojax import step as step_lib
+from protojax.api import Recipe, SourceSpec
 from protojax.config import Config, to_plain
 from protojax.models.encoder import count_parameters
+from protojax.parallel import path_of
 
 RESULT_GROUPS = ("seed", "method", "data", "evals")  # `data.root` is where, not what
 
 
 def prepare(config: Config) -> None:
-    """Process-wide settings: platform and the persistent compilation cache."""
-    if config.system.platform:
-        jax.config.update("jax_platforms", config.system.platform)
+    """Process-wide settings: platform, the persistent compilation cache, and the other processes of the run.
+
+    Raises TimeoutError when they do not come, ValueError when they run something else.
+    """
+    system = config.system
+    if system.platform:
+        jax.config.update("jax_platforms", system.platform)
+    cluster = distributed.detect(system.cluster, system.coordinator, system.processes, system.process)
+    distributed.join(cluster, _facts(config), system.join_timeout, system.lost_after)
     if config.system.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.system.compilation_cache))
 
@@ -32,25 +42,31 @@ def build(config: Config) -> Recipe:
     parallel.check_divisible(
         mesh, **{"data.batch_size": config.data.batch_size, "evals.batch_size": config.evals.batch_size}
     )
-    return experiment.build(config)
+    recipe = experiment.build(config)
+    distributed.agree("the data", {k: _data_facts(s.spec) for k, s in recipe.sources.items()})
+    return recipe
+
+
+def _facts(config: Config) -> dict[str, Any]:
+    """What all processes of a run must have in common: versions and the configuration, without where things are."""
+    flat = metrics.flat_items(to_plain(config))
+    for key in ("data.root", "data.source.packed", "system.process", "system.coordinator", "system.compilation_cache"):
+        flat.pop(key, None)
+    return json.loads(json.dumps({"protojax": __version__, "jax": jax.__version__, **flat}, default=str))
+
+
+def _data_facts(spec: SourceSpec) -> dict[str, Any]:
+    counts = {k: hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest()[:16] for k, v in spec.counts.items()}
+    return {"name": spec.name, "size": spec.size, "batch": spec.batch_size, "counts": counts}
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
     """'method.optim.peak_lr' -> value, for the groups that change results: two runs with equal fingerprints are the
     same run."""
     plain = to_plain(config)
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for k, v in value.items():
-                walk(f"{prefix}.{k}", v)
-        else:
-            flat[prefix] = value
-
-    for group in RESULT_GROUPS:
-        walk(group, plain[group])
-    flat.pop("data.root", None)
+    flat = metrics.flat_items({group: plain[group] for group in RESULT_GROUPS})
+    for key in ("data.root", "data.source.packed"):  # where, not what
+        flat.pop(key, None)
     return json.loads(json.dumps(flat))
 
 
@@ -60,7 +76,7 @@ def train_config(config: Config, workdir: Path, say: Any = print) -> dict[str, A
     Returns the summary. Raises before anything is compiled where shapes and names already tell.
     """
     checkpoint.check_writable(workdir)
-    recipe = build(config)
+    recipe, workload = build(config), experiment.workload(config.method.workload)
     options = train.Options(
         workdir, config.run, config.system, config.evals.every, fingerprint(config), _wandb(config, workdir), say
     )
@@ -68,6 +84,7 @@ def train_config(config: Config, workdir: Path, say: Any = print) -> dict[str, A
     begun = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
     if not begun and jax.process_index() == 0:
         metrics.write_json(workdir / "config.json", summary.dumps_config(config))
+        workload.begun(config, recipe, workdir)
     result = train.run(recipe, options)
     record = summary.summarise(config, result)
     if result.finished and jax.process_index() == 0:
@@ -75,10 +92,9 @@ def train_config(config: Config, workdir: Path, say: Any = print) -> dict[str, A
         metrics.write_json(workdir / "summary.json", record)
         if config.run.report:
             from protojax.report import write_report
-            from protojax.reporting.data import write_report_data
 
             if result.probe is not None:
-                write_report_data(workdir, result.probe, experiment.images(config), experiment.reading(config))
+                workload.report_data(config, workdir, result.probe)
             say(f"report: {write_report(workdir)}")
         say(summary.lines(record))
     return record
@@ -97,15 +113,19 @@ def describe(config: Config) -> str:
     session = train.make_session(recipe, options)
     spec = recipe.sources["train"].spec
     out = [json.dumps(to_plain(config), indent=1), "", f"devices: {summary.device()}, mesh {dict(session.mesh.shape)}"]
-    out.append(f"data: {spec.name}, {spec.size} images, batch {spec.batch_size}, {recipe.total_steps} steps")
-    inputs = jax.eval_shape(lambda b: recipe.views(jax.random.key(0), b), recipe.sources["train"].batch(0))
-    out += [f"  view {k}: {v.dtype} {list(v.shape)}" for k, v in sorted(inputs.items())]
+    things = summary.unit(config.method.workload)
+    out.append(f"data: {spec.name}, {spec.size} {things}, batch {spec.batch_size}, {recipe.total_steps} steps")
+    batch = step_lib.join(recipe.sources["train"].batch(0), recipe.constants)
+    inputs = jax.eval_shape(lambda b: recipe.views(jax.random.key(0), b), batch)
+    named = [(path_of(p), v) for p, v in jax.tree_util.tree_leaves_with_path(inputs)]
+    out += [f"  view {k}: {v.dtype} {list(v.shape)}" for k, v in named if not k.startswith("constants")]
     parts = {
         "encoder": session.shapes.params["encoder"],
         "head": session.shapes.params["head"],
         "teacher": session.shapes.teacher,
         "optimiser": session.shapes.opt,
         "estimator": session.shapes.estimator,
+        "constants": session.constants,
     }
     for name, tree in parts.items():
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -116,11 +136,10 @@ def describe(config: Config) -> str:
 
 def _memory(session: train.Session) -> str:
     """The compiled step's own account of memory, a device."""
-    from protojax import step as step_lib
-
     example = session.recipe.sources["train"].batch(0)
-    accumulator = jax.eval_shape(lambda: step_lib.empty_accumulator(session.recipe, session.shapes, example))
-    analysis = session.one.lower(session.shapes, accumulator, example).compile().memory_analysis()
+    accumulator = jax.eval_shape(lambda: step_lib.empty_accumulator(session.numbers))
+    lowered = session.one.lower(session.shapes, accumulator, example, session.constants)
+    analysis = lowered.compile().memory_analysis()
     mib = 2**20
     return (
         f"one step, each device: arguments {analysis.argument_size_in_bytes / mib:.1f} MiB (of them donated "
@@ -129,7 +148,7 @@ def _memory(session: train.Session) -> str:
 
 
 def _wandb(config: Config, workdir: Path) -> Any:
-    if not config.run.wandb:
+    if not config.run.wandb or jax.process_index() != 0:
         return None
     try:
         import wandb

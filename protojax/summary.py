@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from protojax import __version__
+from protojax import __version__, experiment
 from protojax.config import Config, to_plain
 
 VERSION = 1
@@ -28,30 +28,17 @@ def device() -> str:
 
 
 def summarise(config: Config, result: Any) -> dict[str, Any]:
-    """The record of issue-stable keys: arm, seed, steps, images_per_second, the last evaluation, and its controls.
-
-    controls: `untrained_knn` and `initial_unique` (the same evaluations right after initialisation),
-    `random_unique` (a random codebook of equal K and D).
-    """
-    final, initial = dict(result.final), dict(result.initial)
-    prototypes = dict(final.pop("prototypes", {}) or {})
-    controls = {
-        **(final.pop("controls", {}) or {}),
-        "untrained_knn": initial.get("knn"),
-        "untrained_groups": initial.get("groups"),
-        "initial_effective_rank": initial.get("effective_rank"),
-    }
+    """The record of issue-stable keys: what every run has, and the workload's own part of the last evaluation."""
     return {
         "version": VERSION,
+        "workload": config.method.workload,
         "name": config.name,
         "arm": config.arm,
         "seed": config.seed,
         "steps": result.step,
         "finished": result.finished,
         "images_per_second": result.images_per_second,
-        **final,
-        "prototypes": prototypes,
-        "controls": controls,
+        **experiment.workload(config.method.workload).summarise(config, result),
         "findings": result.findings,
         "device": device(),
         "versions": versions(),
@@ -62,22 +49,16 @@ def summarise(config: Config, result: Any) -> dict[str, Any]:
 def lines(summary: Mapping[str, Any]) -> str:
     """A few lines for the terminal at the end of a run."""
     out = [f"{summary['name']}, arm {summary['arm']}, seed {summary['seed']}: {summary['steps']} steps, "
-           f"{summary['images_per_second']:.0f} images/s"]  # fmt: skip
-    untrained = summary["controls"].get("untrained_knn") or {}
-    for label, values in (summary.get("knn") or {}).items():
-        cells = [f"k={k} {100 * v:.1f}% (untrained {100 * untrained.get(label, {}).get(k, float('nan')):.1f}%)"
-                 for k, v in values.items() if v is not None]  # fmt: skip
-        out.append(f"  k-NN {label}: " + ", ".join(cells))
-    p, initial = summary["prototypes"], summary["controls"].get("initial_unique") or {}
-    if p:
-        count = p["count"]
-        out.append(
-            f"  prototypes: {p['unique']['0.5']} of {count} unique at 0.5 (at the start {initial.get('0.5')}), "
-            f"{p['live']} live, {p['live_unique']['0.025']} live and unique at 0.025, perplexity {p['perplexity']:.0f}"
-        )
+           f"{summary['images_per_second']:.0f} {unit(summary['workload'])}/s"]  # fmt: skip
+    out += experiment.workload(summary["workload"]).lines(summary)
     for finding in summary["findings"]:
         out.append(f"  [{finding['severity']}] {finding['detector']} (step {finding['step']}): {finding['evidence']}")
     return "\n".join(out)
+
+
+def unit(workload: str) -> str:
+    """What a batch is made of, in a word."""
+    return "images" if workload == "prototypes" else "examples"
 
 
 def dumps_config(config: Config) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,13 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from protojax import accumulation, distributed, flops, parallel, probing
 from protojax import metrics as metrics_lib
-from protojax import parallel, probing
 from protojax import step as step_lib
 from protojax.api import Recipe, TrainState
 from protojax.checkpoint import CheckpointError, Checkpoints
 from protojax.config import Run, System
+from protojax.distributed import StopFlag
+from protojax.gauges import Gauges
 from protojax.metrics import Meter, NotFiniteError, Writer
+from protojax.parallel_engine import engaged
 from protojax.prefetch import prefetch, stack
 
 WARM_UP_PASSES = 8  # batch-norm moments of the data before the first evaluation: the untrained control is a fair one
@@ -63,41 +65,61 @@ class Session(NamedTuple):
     mesh: jax.sharding.Mesh
     shapes: TrainState
     shardings: TrainState
-    one: Any  # jitted (state, accumulator, batch) -> (state, accumulator)
+    one: Any  # jitted (state, accumulator, batch, constants) -> (state, accumulator)
     many: Any  # the same over stacked batches
     forward: Callable
     options: Options
+    numbers: Any  # shapes of the step's metrics
+    constants: Any  # the recipe's frozen arrays, on the devices
+    terms: Any  # jitted (state, batch, constants) -> gradient norm of every term of the objective; None: one term
 
 
 # ------------------------------------------------------------------------------------------------ setting up
 def make_session(recipe: Recipe, options: Options) -> Session:
-    """Shapes, shardings and jitted functions. Raises ValueError when a size does not divide over the mesh."""
+    """Shapes, shardings and jitted functions. Raises ValueError when a size does not divide over the mesh, and what
+    the recipe raises for shapes that do not fit: before anything is compiled or computed."""
     mesh = parallel.make_mesh(options.system.data, options.system.proto)
-    example = recipe.sources["train"].batch(0)
     parallel.check_divisible(mesh, **{"data.batch_size": recipe.sources["train"].spec.batch_size})
+    accumulation.check(recipe.micro_batches, recipe.sources["train"].spec.batch_size, mesh.size)
+    constants = parallel.place_constants(mesh, recipe.constants)
+    example = step_lib.join(parallel.global_shapes(recipe.sources["train"].batch(0)), constants)
     shapes = jax.eval_shape(lambda b: step_lib.init_state(recipe, b), example)
-    shardings = parallel.state_shardings(mesh, shapes)
+    shardings = parallel.state_shardings(mesh, shapes, options.system.fsdp)
+    if recipe.micro_batches > 1 and accumulation.warning(shapes.stats):
+        options.say(accumulation.warning(shapes.stats))
+    with engaged(mesh):
+        numbers = step_lib.step_numbers(recipe, shapes, example)
     rows, stacked = parallel.batch_sharding(mesh), parallel.batch_sharding(mesh, 1)
-    everywhere = parallel.replicated(mesh)
-    one, many = step_lib.compile_step(recipe, shardings, everywhere, rows, stacked, options.run.steps_per_call)
-    return Session(recipe, mesh, shapes, shardings, one, many, probing.make_forward(recipe, mesh), options)
+    one, many = step_lib.compile_step(recipe, mesh, shardings, rows, stacked, options.run.steps_per_call)
+    terms = None
+    if recipe.objective.terms is not None and recipe.micro_batches == 1:
+        terms = jax.jit(
+            lambda s, b, c: step_lib.term_gradients(recipe, s, step_lib.join(b, c)),
+            out_shardings=parallel.replicated(mesh),
+        )
+    forward = probing.make_forward(recipe, mesh)
+    return Session(recipe, mesh, shapes, shardings, one, many, forward, options, numbers, constants, terms)
 
 
 def initial_state(session: Session) -> TrainState:
     """State at step 0: parameters, then batch-norm moments and the estimator from the data."""
     recipe, mesh, source = session.recipe, session.mesh, session.recipe.sources["train"]
     batch = parallel.to_device(mesh, source.batch(0))
-    state = jax.jit(lambda b: step_lib.init_state(recipe, b), out_shardings=session.shardings)(batch)
+    state = jax.jit(
+        lambda b, c: step_lib.init_state(recipe, step_lib.join(b, c)), out_shardings=session.shardings
+    )(batch, session.constants)  # fmt: skip
+    needed = 0 if recipe.estimator is None else recipe.estimator.start_rows
+    passes = WARM_UP_PASSES if jax.tree.leaves(session.shapes.stats) else 0
     warm = jax.jit(
-        lambda s, b, i: step_lib.warm_up(recipe, s, b, i),
+        lambda s, b, c, i: step_lib.warm_up(recipe, s, step_lib.join(b, c), i),
         out_shardings=(session.shardings, parallel.replicated(mesh)),
         donate_argnums=0,
     )
-    needed, i = recipe.estimator.start_rows, 0
     collected: list[dict[str, jax.Array]] = []
-    while i < WARM_UP_PASSES or sum(len(r["mask"]) for r in collected) < needed:
+    i = 0
+    while i < passes or sum(len(r["mask"]) for r in collected) < needed:
         batch = parallel.to_device(mesh, source.batch(i))
-        state, rows = warm(state, batch, jnp.int32(i))
+        state, rows = warm(state, batch, session.constants, jnp.int32(i))
         if needed:
             collected.append(rows)
         i += 1
@@ -179,17 +201,24 @@ def _run(session: Session, checkpoints: Checkpoints, stop: StopFlag) -> Result:
     found = resume(session, checkpoints)
     first, state = found if found else (0, initial_state(session))
     main = jax.process_index() == 0
+    history = None if jax.process_count() == 1 else json.loads(distributed.share(_history(options.workdir)))
     writer = Writer(
         options.workdir,
         step=first if found else None,
         tensorboard=options.run.tensorboard,
         wandb=options.wandb,
         main=main,
+        history=history,
     )
     try:
         return _train(session, checkpoints, writer, first, state, bool(found), stop)
     finally:
         writer.close()
+
+
+def _history(workdir: Path) -> str:
+    """metrics.jsonl as one JSON list: the first process's is everybody's."""
+    return json.dumps(metrics_lib.read_records(workdir / "metrics.jsonl") if jax.process_index() == 0 else [])
 
 
 def _train(
@@ -214,11 +243,12 @@ def _train(
     else:
         loop.evaluate(state, 0)
         loop.save(state, 0)
-    state, at = loop.advance(state, first, stop)
+    state, at = (state, first) if found and loop.exhausted(first) else loop.advance(state, first, stop)
     probe = None if loop.evaluated(at) else loop.evaluate(state, at)
     checkpoints.wait()
     final, initial = loop.evaluated(at) or {}, loop.evaluated(0) or {}
-    return Result(state, at, at == total, initial, final, loop.findings(), loop.rate(), probe)
+    finished = at == total or loop.exhausted(at)
+    return Result(state, at, finished, initial, final, loop.findings(), loop.rate(), probe)
 
 
 class Loop:
@@ -229,6 +259,9 @@ class Loop:
         self.recipe, self.options = session.recipe, session.options
         self.meter = Meter()
         run = self.options.run
+        self.gauges = Gauges(
+            self.options.workdir, self.recipe.sources["train"].spec.batch_size, self._operations, run.profile
+        )
         self.logs, self.evals, self.saves = boundaries(
             self.recipe.total_steps, run.log_every, self.options.eval_every, run.checkpoint_every
         )
@@ -237,8 +270,7 @@ class Loop:
     def advance(self, state: TrainState, first: int, stop: StopFlag) -> tuple[TrainState, int]:
         """Steps from `first` to the end, or to the step after a signal."""
         recipe, total = self.recipe, self.recipe.total_steps
-        example = recipe.sources["train"].batch(0)
-        make_empty = functools.partial(step_lib.empty_accumulator, recipe, self.session.shapes, example)
+        make_empty = functools.partial(step_lib.empty_accumulator, self.session.numbers)
         empty = jax.jit(make_empty, out_shardings=parallel.replicated(self.session.mesh))
         accumulator, waited, images, at = empty(), 0.0, 0, first
         calls = plan(first, total, self.logs | self.evals | self.saves, self.options.run.steps_per_call)
@@ -248,27 +280,36 @@ class Loop:
             self.meter.start()
             for (begin, count), (batch, wait) in zip(calls, batches, strict=True):
                 dispatch = self.session.one if count == 1 else self.session.many
-                state, accumulator = dispatch(state, accumulator, batch)
+                state, accumulator = dispatch(state, accumulator, batch, self.session.constants)
                 at, waited, images = (
                     begin + count,
                     waited + wait,
                     images + count * recipe.sources["train"].spec.batch_size,
                 )
                 bar.update(count)
-                if at in self.logs or stop.raised:
+                self.gauges.step(at)
+                stopping = stop.due(at)
+                if at in self.logs or stopping:
                     self._log(state, accumulator, at, images, waited, bar)
                     accumulator, waited, images = empty(), 0.0, 0
                 if at in self.evals and at != total:
                     self.evaluate(state, at)
-                if at in self.saves or stop.raised:
+                early = at in self.evals and at < total and self.exhausted(at)
+                if at in self.saves or stopping or early:
                     self.save(state, at)
                 if at in self.evals or at in self.saves:
                     self.meter.start()
-                if stop.raised and at < total:
-                    self._stopped(at, stop)
+                if (stopping or early) and at < total:
+                    self._early(at) if early else self._stopped(at, stop)
                     batches.close()  # type: ignore[attr-defined]
                     break
+        self.gauges.close()
         return state, at
+
+    def _operations(self) -> float:
+        recipe, constants = self.recipe, self.session.constants
+        batch = step_lib.join(parallel.global_shapes(recipe.sources["train"].batch(0)), constants)
+        return flops.count(lambda s, b: step_lib.step(recipe, s, b), self.session.shapes, batch)
 
     def _load(self, step: int, count: int) -> dict[str, jax.Array]:
         source, mesh = self.recipe.sources["train"], self.session.mesh
@@ -278,23 +319,35 @@ class Loop:
 
     # -- boundaries
     def _log(self, state: TrainState, accumulator: Any, at: int, images: int, waited: float, bar: tqdm) -> None:
+        began = time.perf_counter()
         host = read(accumulator)
+        lag = time.perf_counter() - began
         bad = step_lib.first_bad(state, host["bad"])
         if bad is not None:
             self._not_finite(at, bad)
-        rate, starved = self.meter.lap(images, waited)
+        rate, starved = self.meter.lap(images, waited, lag)
         if at == 1:  # that lap was compilation
             self.meter = Meter()
             self.meter.start()
         numbers = metrics_lib.means(host["numbers"])
         numbers |= {name: float(f(jnp.int32(at - 1))) for name, f in self.recipe.schedules.items()}
+        if at in self.evals and self.session.terms is not None:
+            numbers |= self._term_gradients(state, at)
         fraction = at / self.recipe.total_steps
+        warning = self.meter.starving()
+        if warning:
+            self.options.say(warning)
         self.writer.write(
             "train", at, fraction=fraction, seconds=self.meter.seconds, images_per_second=rate, input_wait=starved,
-            metrics=numbers,
+            metrics=numbers, **self.gauges.read(rate),
         )  # fmt: skip
         bar.set_postfix_str(f"loss {numbers['loss/total']:.4f}, {rate:.0f} images/s", refresh=False)
         self._diagnose(at)
+
+    def _term_gradients(self, state: TrainState, at: int) -> dict[str, float]:
+        """Gradient norm of every term on the batch that comes next: at evaluations, where the host waits anyway."""
+        batch = self._load(at, 1)
+        return {k: float(v) for k, v in read(self.session.terms(state, batch, self.session.constants)).items()}
 
     def _diagnose(self, at: int) -> None:
         known = {(f["detector"], f["severity"]) for f in self.findings()}
@@ -325,7 +378,9 @@ class Loop:
         """Run every evaluation on the teacher and write one record."""
         began = time.perf_counter()
         initial = self.evaluated(0) or {}
-        probe = probing.make_probe(self.recipe, self.session.forward, state, self.session.mesh, initial)
+        probe = probing.make_probe(
+            self.recipe, self.session.forward, state, self.session.mesh, initial, self.session.constants
+        )
         numbers = probing.run_evaluations(self.recipe, probe)
         record = {"fraction": at / self.recipe.total_steps, "eval_seconds": time.perf_counter() - began}
         self.writer.write("eval", at, **record, metrics=numbers)
@@ -336,14 +391,37 @@ class Loop:
         """Begin a checkpoint, never of a non-finite state (at a log step that was just checked)."""
         record = {"fingerprint": dict(self.options.fingerprint), "images_per_second": self.rate()}
         self.checkpoints.save(at, state, json.loads(json.dumps(record)))
+        distributed.note(
+            f"The checkpoint of step {at} is the last one begun below {self.checkpoints.directory}; complete ones are "
+            "intact, and the same command resumes from the newest."
+        )
 
     def _stopped(self, at: int, stop: StopFlag) -> None:
         self.checkpoints.wait()
-        text = f"{stop.name} at step {at} of {self.recipe.total_steps}: saved; the same command resumes"
+        text = f"{stop.name or 'SIGTERM'} at step {at} of {self.recipe.total_steps}: saved; the same command resumes"
         self.writer.write("event", at, event="stop", text=text)
         self.options.say(text)
 
+    def _early(self, at: int) -> None:
+        rule = self.recipe.stopping
+        assert rule is not None
+        text = f"stopped early: {rule.metric} has not risen for {rule.patience} evaluations"
+        self.writer.write("event", at, event="early_stop", text=text)
+        self.options.say(f"{text} (step {at} of {self.recipe.total_steps})")
+
     # -- history
+    def exhausted(self, at: int) -> bool:
+        """Whether the recipe's stopping rule says that the evaluation at this step was the last one needed."""
+        rule = self.recipe.stopping
+        if rule is None or not self.evaluated(at):
+            return False
+        records = [r for r in self.writer.records if r["kind"] == "eval" and 0 < r["step"] <= at]
+        best, waited = rule.floor, 0
+        for record in records:
+            value = metrics_lib.flatten(record["metrics"]).get(rule.metric, rule.floor)
+            best, waited = (value, 0) if value > best else (best, waited + 1)
+        return waited >= rule.patience
+
     def evaluated(self, at: int) -> dict[str, Any] | None:
         return metrics_lib.evaluated(self.writer.records, at)
 
@@ -359,28 +437,3 @@ class Loop:
 def read(tree: Any) -> Any:
     """The one place where the loop reads device values (a test counts the calls)."""
     return parallel.to_host(tree)
-
-
-class StopFlag:
-    """Ctrl-C and SIGTERM raise a flag; the loop saves and leaves at the next step. A second Ctrl-C interrupts."""
-
-    def __init__(self) -> None:
-        self.raised, self.name = False, ""
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> StopFlag:
-        import threading
-
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._raise)
-        return self
-
-    def _raise(self, number: int, frame: Any) -> None:
-        if self.raised and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.raised, self.name = True, signal.Signals(number).name
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)

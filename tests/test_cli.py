@@ -248,10 +248,10 @@ def test_files_in_one_piece_are_split_from_the_command_line(tmp_path, trained):
     root = write_images(tmp_path, {"everything": 20}) / "everything"
     arguments = ["--config=inat:folder", f"--config.data.root={root}", "--config.data.source.holdout_fraction=0.2"]
     assert main([*arguments, "--config.data.test_split=test", "--config.data.source.canvas=32"]) == 0
-    from protojax import experiment
+    from protojax.workloads import images
 
     ((config, _),) = trained
-    train, test = (experiment.records(config, split) for split in ("train", "test"))
+    train, test = (images.records(config, split) for split in ("train", "test"))
     assert (train.size, test.size) == (16, 4)
 
 

@@ -20,7 +20,9 @@ from protojax.models.encoder import count_parameters
 from tests.toy import config_dict
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+ALL = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+OTHERS = ("alignment", "prompts", "soft_labels")  # workloads whose configurations have arms and tests of their own
+CONFIGS = [name for name in ALL if not name.startswith(OTHERS)]
 MAIN_ARMS = ("decoupled", "joint", "partial", "frozen")
 VARIANTS = [(name, "") for name in CONFIGS] + [
     ("inat", f) for f in ("2021", "folder", "vit_ti16", "vit_s16", "vit_b16")
@@ -149,12 +151,12 @@ def test_arms_differ_in_estimator_and_objective_alone(name):
         assert seen[arm] != seen["decoupled"]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ALL)
 def test_every_config_says_how_it_is_run(name):
     """Each command in a config's docstring is one that its own arguments understand."""
     text = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text())) or ""
     commands = [line for line in text.splitlines() if "protojax train" in line]
-    assert len(commands) >= 3
+    assert len(commands) >= 2
     for line in commands:
         value = line.split("--config=")[1].split()[0]
         file, _, argument = value.partition(":")
@@ -164,7 +166,7 @@ def test_every_config_says_how_it_is_run(name):
 
 def test_configs_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert [configs_path.find(name).stem for name in CONFIGS] == CONFIGS
+    assert [configs_path.find(name).stem for name in ALL] == ALL
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "quickstart.py").write_text("")
     assert configs_path.find("quickstart").resolve() == tmp_path / "configs" / "quickstart.py"  # mine come first

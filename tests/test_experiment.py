@@ -174,10 +174,7 @@ def test_products_in_bfloat16_round_operands_and_nothing_else():
     assert float(jnp.abs(ours["count"] - theirs["count"]).max()) > 0.0
     np.testing.assert_allclose(ours["feature_sum"], theirs["feature_sum"], rtol=1e-6)
     book = plain.estimator.codebooks(S, {})[0]
-    views = {
-        "student": {"image": jnp.stack([features, features[::-1]])},
-        "teacher": {"image": jnp.stack([features] * 2)},
-    }
+    two, same = jnp.stack([features, features[::-1]]), jnp.stack([features] * 2)
     rest = {"target": book, "prediction": book, "mask": jnp.ones(16, bool), "key": key}
     inputs = {"student": {"image": two}, "teacher": {"image": same}, **rest}
     one, other = (

@@ -80,3 +80,20 @@ def test_the_meter_counts_training_alone():
     meter.start()
     meter.lap(100, 0.0)
     assert meter.seconds < 0.07
+
+
+def test_binned_counts_become_tensorboard_histograms(tmp_path):
+    """{upper limit: count} is one histogram, not a scalar for each bin."""
+    usage = {"0": 3, "0.1": 1, "1": 4, "inf": 2}
+    named = metrics.histograms({"prototypes": {"usage": usage, "live": 6}}, "eval")
+    assert list(named) == ["eval/prototypes/usage"]
+    bins = named["eval/prototypes/usage"]
+    assert (bins["bucket_limits"], bins["bucket_counts"]) == ([0.0, 0.1, 1.0, 10.0], [3.0, 1.0, 4.0, 2.0])
+    assert (bins["num"], bins["sum"]) == (10.0, pytest.approx(24.1))
+    writer = metrics.Writer(tmp_path)
+    writer.write("eval", 5, metrics={"prototypes": {"usage": usage, "live": 6}})
+    writer.close()
+    (board,) = (tmp_path / "tensorboard").iterdir()
+    data = board.read_bytes()
+    assert data.count(b"eval/prototypes/usage") == 1
+    assert data.count(b"eval/prototypes/live") == 1

@@ -26,9 +26,10 @@ def audit(unique: float, live: float, live_unique: float) -> dict:
     """A prototype audit; arguments are shares of K."""
     counts = {e: round(K * unique ** (1 + i / 2)) for i, e in enumerate(EPSILONS)}
     alive = {e: round(K * live_unique ** (1 + i / 2)) for i, e in enumerate(EPSILONS)}
+    usage = {"0": K - round(K * live), "0.3": round(K * live), "inf": 0}
     cosine = {"q05": 0.1, "q50": 0.3, "q95": 0.6, "max": 0.9}
     body = {"unique": counts, "live": round(K * live), "live_unique": alive, "perplexity": K * live * 0.9}
-    body |= {"coverage": 0.8 + 0.1 * live, "nearest_cosine": cosine}
+    body |= {"coverage": 0.8 + 0.1 * live, "nearest_cosine": cosine, "usage": usage}
     return {"count": K, "dim": D, **body, "centred": body}
 
 
@@ -94,7 +95,6 @@ def write_arrays(path: Path) -> None:
     usage[:5] = 0
     hue = rng.integers(0, 255, (6, 1, 1, 1, 3))
     images = np.clip(hue + rng.integers(-60, 60, (6, 8, 16, 16, 3)), 0, 255).astype(np.uint8)
-    history = np.stack([usage * 0.2 + 0.8 * rng.random(K), usage]).astype(np.float32)
     np.savez(
         path / "report_data.npz",
         prototypes=prototypes,
@@ -102,7 +102,11 @@ def write_arrays(path: Path) -> None:
         similarity=prototypes @ prototypes.T,
         sample_prototypes=np.arange(6) * 7,
         sample_images=images,
-        usage_history=history,
+        sample_names=np.array([f"fruit {i}" for i in range(6)]),
+        sample_purity=np.linspace(0.3, 1.0, 6),
+        class_counts=np.arange(4, 24),
+        class_coverage=np.linspace(0.5, 0.9, 20),
+        class_prototypes=np.arange(20) // 4,
         projection=prototypes[:, :2],
     )
 
@@ -179,7 +183,7 @@ def test_page_names_no_outside_url_and_embeds_every_image(finished: tuple[Path, 
 def test_plots_take_their_colours_from_the_page(finished: tuple[Path, str]) -> None:
     _, html = finished
     drawings = re.findall(r"<svg .*?</svg>", html, flags=re.DOTALL)
-    assert len(drawings) == 13
+    assert len(drawings) == 14
     declared = set(re.findall(r"(--[a-z0-9]+):", html))
     for drawing in drawings:
         used = set(re.findall(r"var\((--[a-z0-9]+)\)", drawing))
@@ -205,6 +209,8 @@ def test_page_answers_the_questions_before_the_plots(finished: tuple[Path, str])
     assert "Uniqueness alone proves nothing: of 64 random directions in 16 dimensions, 64 are unique at 0.5" in html
     assert "dead_prototypes, step 300" in html
     assert "38% of 64 prototypes are dead." in html
+    assert "of images, 30% of them fruit 0" in html
+    assert "4 of 20 classes are the commonest one in no live prototype, 4 of them in the rarer half" in html
     assert "--config.method.steps=1200" in html
     assert "--config.seed=1" in html
 
@@ -235,7 +241,7 @@ def test_missing_pieces_are_said_not_broken(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "metrics": {}}\n', encoding="utf-8")
     html = write_report(run).read_text(encoding="utf-8")
     assert Reader(html).open == []
-    assert html.count("Not shown:") == 12
+    assert html.count("Not shown:") == 14
     for said in ("not finished", "report_data.npz is absent", "config.json is absent", "summary.json is absent"):
         assert said in html
     assert html.count("Not known") == 4

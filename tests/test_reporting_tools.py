@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from protojax.evals.audit import Usage
 from protojax.reporting import shots
+from protojax.reporting.data import class_arrays
 
 
 def test_shots_say_what_is_missing(tmp_path: Path) -> None:
@@ -47,3 +51,22 @@ def test_shots_find_what_is_wrong_with_a_page(tmp_path: Path) -> None:
     bad.write_text(f'{head}<img src="gone.png"><div style="width:900px">wide</div>', encoding="utf-8")
     (look,) = shots.screenshots(bad, tmp_path / "shots", [390], ["light"])
     assert [problem.split(" ")[:2] for problem in look.problems] == [["it", "asked"], ["it", "is"], ["1", "of"]]
+
+
+def test_class_arrays_say_whose_prototypes_are_whose() -> None:
+    """Three prototypes: one of apples alone, one that three pears share with an apple, one that nobody chose; a class
+    without a prototype of its own is counted with its cosine. A row without direction counts for no prototype."""
+    nearest = np.array([0, 0, 1, 1, 1, 1, 1, -1])
+    fine = np.array([0, 0, 0, 1, 1, 1, 2, 2])
+    cosines = np.array([0.9, 0.7, 0.5, 0.6, 0.6, 0.6, 0.4, 0.0])
+    used = Usage(np.bincount(nearest[:-1], minlength=3) / 8, nearest, float(cosines.mean()), 1, cosines)
+    bank = SimpleNamespace(labels={"fine": fine})
+    specs = {"bank": SimpleNamespace(classes={"fine": ("apple", "pear", "plum")})}
+    found = class_arrays(SimpleNamespace(bank=lambda split: bank, specs=specs), used, np.array([1, 0, 2]))
+    assert found["sample_names"].tolist() == ["pear", "apple", ""]
+    np.testing.assert_allclose(found["sample_purity"], [3 / 5, 1.0, 0.0])
+    assert found["class_counts"].tolist() == [3, 3, 2]
+    assert found["class_prototypes"].tolist() == [1, 1, 0]
+    np.testing.assert_allclose(found["class_coverage"], [0.7, 0.6, 0.2])
+    bank.labels = {}
+    assert class_arrays(SimpleNamespace(bank=lambda split: bank, specs=specs), used, np.array([0])) == {}

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 
 import protojax
-from protojax import cli, experiment, loading, metrics, running, train
+from protojax import cli, loading, metrics, running, train
 from protojax.checkpoint import CheckpointError
 from protojax.config import freeze, to_plain
 from protojax.main import main
+from protojax.workloads import images as images_lib
 from tests.test_cli import write_images
 
 ROOT = Path(__file__).parent.parent
@@ -99,8 +100,8 @@ def test_config_json_gives_the_configuration_back(run):
 def test_summary_has_the_keys_that_scripts_rely_on(run):
     s = run.summary
     assert set(s) == {
-        "version", "name", "arm", "seed", "steps", "finished", "images_per_second", "knn", "groups", "groups_macro",
-        "effective_rank", "rank", "prototypes", "controls", "findings", "device", "versions", "config",
+        "version", "workload", "name", "arm", "seed", "steps", "finished", "images_per_second", "knn", "groups",
+        "groups_macro", "effective_rank", "rank", "prototypes", "controls", "findings", "device", "versions", "config",
     }  # fmt: skip
     assert (s["version"], s["arm"], s["seed"], s["steps"], s["finished"]) == (1, "decoupled", 0, STEPS, True)
     assert s["images_per_second"] > 0
@@ -224,7 +225,7 @@ def test_dry_run_prints_everything_and_writes_nothing(tmp_path, monkeypatch, cap
 
 # ------------------------------------------------------------------------------------------------------- loading
 def images_of(run, split: str) -> np.ndarray:
-    records = experiment.records(loading.read_config(run.workdir), split)
+    records = images_lib.records(loading.read_config(run.workdir), split)
     return records.take(np.arange(records.size))["image"]
 
 

@@ -314,10 +314,10 @@ def test_one_compile_donated_state_and_no_host_read_between_logs(tmp_path: Path,
     def counted(recipe, options):
         session = make(recipe, options)
 
-        def one(state, accumulator, batch):
+        def one(state, accumulator, batch, constants):
             events.append("dispatch")
             state, accumulator = bare((state, accumulator))
-            out = session.one(state, accumulator, batch)
+            out = session.one(state, accumulator, batch, constants)
             donated.append(all(x.is_deleted() for x in jax.tree.leaves((state, accumulator))))
             compiles.append(session.one._cache_size())
             return spied(out, events)

@@ -10,7 +10,7 @@ import numpy as np
 
 from protojax.data import decode
 from protojax.data.annotations import read_annotations
-from protojax.data.records import Records, image_shapes, make_records, subset
+from protojax.data.records import Records, make_records, subset
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SINGLE_SPLIT = "all"
@@ -30,6 +30,7 @@ def open_image_folder(
     verify: bool = False,
     cache: bool = False,
     workers: int | None = None,
+    fit: decode.Fit = "crop",
 ) -> Records:
     """Image files (jpg, jpeg, png, webp, bmp), decoded when needed to uint8 [canvas,canvas,3].
 
@@ -42,10 +43,11 @@ def open_image_folder(
     annotations: instead, the split is the list in this JSON file, relative to the root, '{split}' standing for its name
     ('{split}2018.json'; see `read_annotations`); its file names are relative to the root too.
 
-    canvas: an image is scaled so that its short side has `canvas` pixels, then centre-cropped. labels: 'none' reads
-    every file below the split and gives no labels. on_corrupt: 'skip' (see `Records.take`) or 'error'. verify: decode
-    everything once now, so that damaged files are left out (or fatal) from the start. cache: keep decoded
-    images in memory. workers: decoding threads.
+    canvas: pixels of the stored square. fit: 'crop' scales the short side to `canvas` and cuts out the centre; 'whole'
+    keeps everything, with `extent` in the batch, for random crops of the original image (`decode.whole`). labels:
+    'none' reads every file below the split and gives no labels. on_corrupt: 'skip' (see `Records.take`) or 'error'.
+    verify: decode everything once now, so that damaged files are left out (or fatal) from the start. cache: keep
+    decoded images in memory. workers: decoding threads.
 
     Raises ValueError when the root, split or images are missing, a class folder is empty, images stand outside class
     folders, or the split has a class that the training split lacks.
@@ -65,16 +67,17 @@ def open_image_folder(
         if not (root / files[0]).is_file():
             raise ValueError(f"{listed} lists {files[0]!r}, which is not below {root}; unpack the images there")
     reader = decode.ImageReader(
-        lambda row: decode.decode(base / files[row], canvas, canvas),
+        lambda row: decode.decode(base / files[row], canvas, canvas, fit),
         lambda row: str(base / files[row]),
         len(files),
         (canvas, canvas),
         on_corrupt=on_corrupt,
         cache=cache,
         workers=workers,
+        how=fit,
     )
     name = f"{root.name}/{split}"
-    shapes = image_shapes(canvas, canvas)
+    shapes = decode.content_shapes(canvas, canvas, fit)
     records = make_records(name, len(files), shapes, reader, label_arrays, classes, reader.problems)
     return _verified(records) if verify else records
 

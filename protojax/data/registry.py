@@ -11,6 +11,7 @@ from typing import Any
 from protojax.data.embedded import open_embedded
 from protojax.data.folder import open_image_folder
 from protojax.data.npz import open_npz
+from protojax.data.packed import pack
 from protojax.data.records import Records, concatenate, holdout
 from protojax.data.synthetic import open_synthetic
 from protojax.data.tfds_source import open_tfds
@@ -40,6 +41,7 @@ def open_records(
     root: str | Path | None = None,
     holdout_fraction: float = 0.0,
     holdout_seed: int = 0,
+    packed: str | Path | None = None,
     **options: Any,
 ) -> Records:
     """The split `split` ('train', 'test', or several as in 'train+val') of the data set `name`.
@@ -47,6 +49,7 @@ def open_records(
     name: 'embedded', 'synthetic', 'npz' (root: an archive), 'image_folder' (root: a folder) or 'tfds:NAME' (root: its
     data_dir, optional). options: the keyword arguments of the function that opens it (`open_npz`, ...).
     holdout_fraction: for a set in one piece: its 'test' is this fraction of each class, 'train' the rest.
+    packed: a folder for a decoded, memory-mapped copy, made at the first use (`packed.pack`).
 
     Raises ValueError for an unknown name or option (with the nearest known one), a missing root, and what the opening
     function raises.
@@ -68,7 +71,8 @@ def open_records(
     def one(part: str) -> Records:
         if not part:
             raise ValueError(f"empty split in {split!r}; write one such as 'train', or several as 'train+val'")
-        return opener(*bound, part, **options)
+        found = opener(*bound, part, **options)
+        return pack(found, packed) if packed else found
 
     if holdout_fraction:
         if split not in ("train", "test"):

@@ -116,23 +116,32 @@ def _checked_counts(records: Records, counts: Mapping[str, np.ndarray] | None) -
     return checked
 
 
-def _epoch_orders(size: int, seed: int, shuffle: bool) -> Callable[[int], np.ndarray]:
+class _EpochOrders:
     """epoch -> the order int64 [M] of its examples; remembers the last two (a batch straddles at most those)."""
-    if not shuffle:
-        identity = np.arange(size, dtype=np.int64)
-        return lambda epoch: identity
-    seeding.permutation(1, seed, seeding.EPOCH_ORDER)  # a bad seed fails here and not in a loader thread
-    remembered: OrderedDict[int, np.ndarray] = OrderedDict()
-    lock = threading.Lock()
 
-    def order(epoch: int) -> np.ndarray:
-        with lock:  # prefetching threads ask for neighbouring epochs at the same time
-            if epoch in remembered:
-                remembered.move_to_end(epoch)
+    def __init__(self, size: int, seed: int):
+        seeding.permutation(1, seed, seeding.EPOCH_ORDER)  # a bad seed fails here and not in a loader thread
+        self._given = (size, seed)
+        self._remembered: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type, tuple[int, int]]:
+        return _EpochOrders, self._given  # to a worker process go the seeds, not the orders
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        with self._lock:  # prefetching threads ask for neighbouring epochs at the same time
+            if epoch in self._remembered:
+                self._remembered.move_to_end(epoch)
             else:
-                remembered[epoch] = seeding.permutation(size, seed, seeding.EPOCH_ORDER, epoch)
-                while len(remembered) > 2:
-                    remembered.popitem(last=False)
-            return remembered[epoch]
+                size, seed = self._given
+                self._remembered[epoch] = seeding.permutation(size, seed, seeding.EPOCH_ORDER, epoch)
+                while len(self._remembered) > 2:
+                    self._remembered.popitem(last=False)
+            return self._remembered[epoch]
 
-    return order
+
+def _epoch_orders(size: int, seed: int, shuffle: bool) -> Callable[[int], np.ndarray]:
+    if shuffle:
+        return _EpochOrders(size, seed)
+    identity = np.arange(size, dtype=np.int64)
+    return lambda epoch: identity

@@ -97,9 +97,9 @@ def _check_range(name: str, pair: tuple[float, float], low: float, high: float, 
 class ViewParameters(NamedTuple):
     """What happens to each image in one view; all that is random. A field that is None: not computed.
 
-    box: int32 `[B,4]` (top, left, height, width) in pixels of the image. flip, grey, solarise: bool `[B]`. jitter:
-    see `JitterParameters`; factors 1 and hue 0 where not jittered. blur_sigma: float32 `[B]`, pixels of the view, 0
-    where not blurred.
+    box: `[B,4]` (top, left, height, width) in pixels, int32, or float32 on a scaled canvas. flip, grey, solarise: bool
+    `[B]`. jitter: see `JitterParameters`; factors 1 and hue 0 where not jittered. blur_sigma: float32 `[B]`, pixels
+    of the view, 0 where not blurred.
     """
 
     box: Array
@@ -118,14 +118,24 @@ _ORDER = slice(_FACTORS.stop, _FACTORS.stop + 4)
 _COLUMNS = _ORDER.stop
 
 
-def sample_parameters(key: Key, spec: ViewSpec, batch_size: int, height: int, width: int) -> tuple[ViewParameters, ...]:
+def sample_parameters(
+    key: Key, spec: ViewSpec, batch_size: int, height: int, width: int, extent: Array | None = None
+) -> tuple[ViewParameters, ...]:
     """Draws the parameters of `spec.count` views of `batch_size` images of height x width pixels, one tuple a view.
+
+    extent: int32 `[B,2]` when the square canvas holds whole images of other aspects: crops are drawn on images of that
+    (height, width), and their boxes become float32 boxes on the canvas.
 
     One uniform array [B, V, columns] holds all randomness: the numbers of image b depend on the key and b alone, not
     on the batch size nor (with the partitionable threefry, JAX's default) on how the batch is sharded.
     """
     draws = jax.random.uniform(key, (batch_size, spec.count, _COLUMNS), jnp.float32)
-    box = geometry.boxes_from_uniforms(draws[..., _BOX], height, width, spec.scale, spec.ratio)
+    if extent is None:
+        box = geometry.boxes_from_uniforms(draws[..., _BOX], height, width, spec.scale, spec.ratio)
+    else:
+        tall, wide = (jnp.broadcast_to(extent[:, axis, None], draws.shape[:2]) for axis in range(2))
+        drawn = geometry.boxes_from_uniforms(draws[..., _BOX], tall, wide, spec.scale, spec.ratio)
+        box = geometry.on_canvas(drawn, extent[:, None, :], height)
     return tuple(_view_parameters(draws[:, view], box[:, view], spec, view) for view in range(spec.count))
 
 
@@ -221,8 +231,9 @@ def make_views(
 ) -> Callable[[Key, Batch], Views]:
     """The recipe's `views(key, batch) -> {'global': [V_g,B,S,S,3], 'local': [V_l,B,s,s,3]}`, to be called inside jit.
 
-    batch['image']: uint8 `[B,H0,W0,3]`. 'local' is absent when `local_spec` is None. mean, std: per channel, in units
-    of the full range (ImageNet: (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)). dtype: of the views. matmul_dtype: see
+    batch['image']: uint8 `[B,H0,W0,3]`; batch['extent'], where there is one: see `sample_parameters`. 'local' is
+    absent when `local_spec` is None. mean, std: per channel, in units of the full
+    range (ImageNet: (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)). dtype: of the views. matmul_dtype: see
     `apply_parameters`. Deterministic in the key.
 
     Errors: ValueError for mean or std that are not three numbers, or std not positive; for a batch without 'image' or
@@ -236,7 +247,8 @@ def make_views(
         batch_size, height, width, _ = images.shape
         made = {}
         for stream, (kind, spec) in enumerate(specs.items()):
-            parameters = sample_parameters(jax.random.fold_in(key, stream), spec, batch_size, height, width)
+            stream_key = jax.random.fold_in(key, stream)
+            parameters = sample_parameters(stream_key, spec, batch_size, height, width, batch.get("extent"))
 
             def apply(view: ViewParameters, spec: ViewSpec = spec) -> Array:
                 return apply_parameters(view, images, spec, mean=mean, std=std, dtype=dtype, matmul_dtype=matmul_dtype)
@@ -285,6 +297,12 @@ def plain_view(
         raise ValueError(f"expected size >= 1 and 0 < crop_fraction <= 1, got {size} and {crop_fraction}")
     images = _checked_images(batch)
     count, height, width, _ = images.shape
+    if "extent" in batch:
+        return {
+            "global": _normalise(
+                _central(images, batch["extent"], size, crop_fraction, interpolation), mean, std, dtype
+            )[None]
+        }
     side = max(1, round(min(height, width) * crop_fraction))
     top, left = (height - side) // 2, (width - side) // 2
     square = images[:, top : top + side, left : left + side]
@@ -296,6 +314,18 @@ def plain_view(
         resized = geometry.crop_resize(planar, box, None, size, interpolation, jnp.dtype(jnp.float32))
         levels = jnp.swapaxes(resized, 2, 3)
     return {"global": _normalise(levels / 255.0, mean, std, dtype)[None]}
+
+
+def _central(images: Array, extent: Array, size: int, crop_fraction: float, interpolation: str) -> Array:
+    """`[B,size,size,3]` in [0, 1]: the central square of whole images on a canvas, by their extents `[B,2]`."""
+    short = jnp.min(extent, axis=-1, keepdims=True).astype(jnp.float32) * crop_fraction
+    start = (extent.astype(jnp.float32) - short) / 2.0
+    box = geometry.on_canvas(
+        jnp.concatenate([start, jnp.broadcast_to(short, start.shape)], -1), extent, images.shape[1]
+    )
+    planar = jnp.swapaxes(images, 2, 3).astype(jnp.float32)
+    resized = geometry.crop_resize(planar, box, None, size, interpolation, jnp.dtype(jnp.float32))
+    return jnp.swapaxes(resized, 2, 3) / 255.0
 
 
 def _checked_images(batch: Mapping[str, Any]) -> Array:

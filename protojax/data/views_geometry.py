@@ -8,6 +8,7 @@ between; a vmapped depthwise convolution is an order of magnitude slower.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ CUBIC_A = -0.5  # Pillow's bicubic (Catmull-Rom); OpenCV and torch tensors use -
 
 
 def boxes_from_uniforms(
-    draws: Array, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+    draws: Array, height: int | Array, width: int | Array, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Array:
     """Crop boxes of RandomResizedCrop: int32 `[..., 4]` = (top, left, height, width), in pixels.
 
@@ -30,19 +31,23 @@ def boxes_from_uniforms(
     integer offset. If none fits: the largest central crop whose aspect is inside `ratio`. All ten tries are evaluated
     at once, so there is no data-dependent loop.
 
-    draws: float32 `[..., 22]` uniform in [0, 1): ten areas, ten aspects, top, left. scale: range of the area as a
+    draws: float32 `[..., 22]` uniform in [0, 1): ten areas, ten aspects, top, left. height, width: pixels, one number
+    or int32 with the leading axes of `draws`. scale: range of the area as a
     fraction of the image. ratio: range of width / height. Source: torchvision `RandomResizedCrop.get_params`.
     """
-    area = (draws[..., :TRIES] * (scale[1] - scale[0]) + scale[0]) * float(height * width)
+    pixels: Any = float(height * width) if isinstance(height, int) else _f32(height * width)[..., None]
+    area = (draws[..., :TRIES] * (scale[1] - scale[0]) + scale[0]) * pixels
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = jnp.exp(draws[..., TRIES : 2 * TRIES] * (high - low) + low)
     widths = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
     heights = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    limits = [v if isinstance(v, int) else v[..., None] for v in (height, width)]
+    fits = (widths > 0) & (widths <= limits[1]) & (heights > 0) & (heights <= limits[0])
 
-    fallback_height, fallback_width = fallback_crop(height, width, ratio)
-    box_height = jnp.full(draws.shape[:-1], fallback_height, jnp.int32)
-    box_width = jnp.full(draws.shape[:-1], fallback_width, jnp.int32)
+    crop: Any = fallback_crop if isinstance(height, int) else _fallback_crops
+    fallback_height, fallback_width = crop(height, width, ratio)
+    box_height = jnp.broadcast_to(jnp.asarray(fallback_height, jnp.int32), draws.shape[:-1])
+    box_width = jnp.broadcast_to(jnp.asarray(fallback_width, jnp.int32), draws.shape[:-1])
     for attempt in reversed(range(TRIES)):
         box_height = jnp.where(fits[..., attempt], heights[..., attempt], box_height)
         box_width = jnp.where(fits[..., attempt], widths[..., attempt], box_width)
@@ -67,6 +72,25 @@ def fallback_crop(height: int, width: int, ratio: tuple[float, float]) -> tuple[
     return height, width
 
 
+def _f32(values: Array) -> Array:
+    return values.astype(jnp.float32)
+
+
+def _fallback_crops(height: Array, width: Array, ratio: tuple[float, float]) -> tuple[Array, Array]:
+    """`fallback_crop` of many images: heights and widths int32 of one shape."""
+    aspect = _f32(width) / _f32(height)
+    tall = jnp.minimum(height, jnp.round(_f32(width) / min(ratio)).astype(jnp.int32))
+    wide = jnp.minimum(width, jnp.round(_f32(height) * max(ratio)).astype(jnp.int32))
+    return jnp.where(aspect < min(ratio), tall, height), jnp.where(aspect > max(ratio), wide, width)
+
+
+def on_canvas(box: Array, extent: Array, canvas: int) -> Array:
+    """Boxes `[B,4]` drawn on images of `extent [B,2]` (height, width) -> float32 boxes on the square canvas that holds
+    the whole image with each axis scaled to `canvas` pixels."""
+    factor = canvas / _f32(extent)
+    return _f32(box) * jnp.concatenate([factor, factor], axis=-1)
+
+
 def resize_matrix(
     start: Array, length: Array, flip: Array | None, input_size: int, output_size: int, interpolation: str
 ) -> Array:
@@ -78,7 +102,8 @@ def resize_matrix(
     torchvision runs on Pillow images. (`image.resize(size, box=box)` also looks past the edge of the box; the two
     agree where the filter stays inside.)
 
-    start, length: int32 `[B]`, pixels. flip: bool `[B]` or None, reverses the output. Bands are dense here: S x W is
+    start, length: `[B]`, pixels, int32, or float32 where the canvas is scaled (a pixel is inside when its centre is; a
+    box must be two pixels or longer). flip: bool `[B]` or None, reverses the output. Bands are dense here: S x W is
     small, and matrix units like it.
     """
     step = length.astype(jnp.float32)[:, None] / output_size
@@ -86,8 +111,12 @@ def resize_matrix(
     if flip is not None:
         outputs = jnp.where(flip[:, None], (output_size - 1.0) - outputs, outputs)
     centres = (outputs + 0.5) * step
-    pixels = jnp.arange(input_size, dtype=jnp.int32)[None, :] - start[:, None]
-    inside = (pixels >= 0) & (pixels < length[:, None])
+    if jnp.issubdtype(start.dtype, jnp.integer):
+        pixels = jnp.arange(input_size, dtype=jnp.int32)[None, :] - start[:, None]
+        inside = (pixels >= 0) & (pixels < length[:, None])
+    else:
+        pixels = jnp.arange(input_size, dtype=jnp.float32)[None, :] - start[:, None]
+        inside = (pixels >= -0.5) & (pixels + 0.5 <= length[:, None])
     distance = jnp.abs((pixels.astype(jnp.float32) + 0.5)[:, None, :] - centres[:, :, None])
     weights = _kernel(distance / jnp.maximum(step, 1.0)[:, :, None], FILTER_SUPPORT[interpolation])
     weights = jnp.where(inside[:, None, :], weights, 0.0)

@@ -126,7 +126,13 @@ def _shared(spec: EstimatorSpec, count: int, potential: bool) -> dict[str, Array
     more = {"potential": jnp.zeros_like(usage)} if potential else {}
     # `statistics` is not told the step, which the temperature of the E-step is a function of.
     steps = jnp.zeros((), usage.dtype)
-    return {**common.shared_start(spec), "steps": steps, "usage": usage, "class_counts": sizes.astype(usage.dtype), **more}
+    return {
+        **common.shared_start(spec),
+        "steps": steps,
+        "usage": usage,
+        "class_counts": sizes.astype(usage.dtype),
+        **more,
+    }
 
 
 def _usage_of(S: PyTree, own: Array, rows: Mapping[str, Array], assign: Assign) -> dict[str, Array]:

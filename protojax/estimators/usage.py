@@ -6,7 +6,8 @@ Statistics are sums over examples, so that masks, shards and micro-batches are f
     rho_c = 1 - 2^(-1 / (half_life N_c)),   a_c = (1 - rho_c)^n_c
     usage_c' = a_c usage_c + (1 - a_c) R_c / n_c          (unchanged where n_c = 0)
 
-The half-life is in epochs of the class itself, N_c its training images: a batch holds none or one image of most classes.
+The half-life is in epochs of the class itself, N_c its training images: a batch holds none or one image of most
+classes.
 """
 
 from __future__ import annotations

@@ -58,12 +58,28 @@ def dead_term(history: History, t: Thresholds) -> Seen:
 def inert_term(history: History, t: Thresholds) -> Seen:
     """A weighted term whose gradient norm is positive and below `share` of the total in the last `records` records."""
     count = int(t["records"])
+    prompts = history.last("prompts/count") is not None
+    share, notice = (t["prompts_share"], {"severity": "notice"}) if prompts else (t["share"], {})
     total = {p.step: p.value for p in history.finite("grad_norm")[-count:]}
     for term, points in _terms(history):
         tail = [(p.step, p.value / total[p.step]) for p in points[-count:] if total.get(p.step, 0.0) > 0.0]
-        if len(tail) == count and all(0.0 < ratio < t["share"] for _, ratio in tail):
-            return {"term": term, "since": tail[0][0], "ratio": tail[-1][1]}
+        if len(tail) == count and all(0.0 < ratio < share for _, ratio in tail):
+            return {"term": term, "since": tail[0][0], "ratio": tail[-1][1], **notice}
     return None
+
+
+def dead_parameter(history: History, t: Thresholds) -> Seen:
+    """A named part of the parameters whose gradient norm 'gradient/NAME' is exactly 0 for `steps` steps up to now,
+    while that of another part is not."""
+    names = history.names("gradient/")
+    dead = []
+    for name in names:
+        since = history.since("no gradient", name, lambda value: value == 0.0)
+        if since is not None and history.series(name)[-1].step - since >= t["steps"]:
+            dead.append((name.removeprefix("gradient/"), since))
+    if not dead or len(dead) == len(names):
+        return None
+    return {"names": ", ".join(name for name, _ in dead), "since": max(since for _, since in dead)}
 
 
 def starving_input(history: History, t: Thresholds) -> Seen:
@@ -76,11 +92,12 @@ def starving_input(history: History, t: Thresholds) -> Seen:
 
 # -------------------------------------------------------------------------------------------------- encoder
 def encoder_collapse(history: History, t: Thresholds) -> Seen:
-    """Effective rank below `share` of the attainable, and no higher than right after initialisation.
+    """Effective rank below `share` of the attainable, and no higher than right after initialisation, `steps` steps or
+    more later.
 
     An untrained encoder may well have a low rank; that it has not risen is what makes it a collapse."""
     points, attainable = history.finite("effective_rank"), history.last("rank/image/attainable")
-    if len(points) < 2 or attainable is None:
+    if attainable is None or _lasted(points) < t["steps"]:
         return None
     rank, initial = points[-1].value, points[0].value
     if rank >= t["share"] * attainable or rank > initial:
@@ -89,10 +106,10 @@ def encoder_collapse(history: History, t: Thresholds) -> Seen:
 
 
 def constant_side(history: History, t: Thresholds) -> Seen:
-    """Spread, effective rank or mean cosine of unit features beyond its threshold, after initialisation (where a cosine
-    of 0.999 is no fault yet)."""
+    """Spread, effective rank or mean cosine of unit features beyond its threshold, `steps` steps or more after
+    initialisation (where a cosine of 0.999 is no fault yet)."""
     spread, rank, cosine = (history.finite(f"rank/image/{name}") for name in ("std", "effective", "mean_cosine"))
-    if min(len(spread), len(rank), len(cosine)) < 2:
+    if min(_lasted(points) for points in (spread, rank, cosine)) < t["steps"]:
         return None
     seen = {"std": spread[-1].value, "rank": rank[-1].value, "cosine": cosine[-1].value}
     constant = seen["std"] < t["std"] or seen["rank"] < t["rank"] or seen["cosine"] > t["cosine"]
@@ -104,7 +121,7 @@ def nothing_learned(history: History, t: Thresholds) -> Seen:
     least `steps` steps later. All three: frozen prototypes keep the last one for ever and may still teach."""
     names = ("rank/image/mean_cosine", "prototypes/coverage", "prototypes/nearest_cosine/0.5")
     series = [history.finite(name) for name in names]
-    if min(len(points) for points in series[:2]) < 2 or series[0][-1].step - series[0][0].step < t["steps"]:
+    if min(_lasted(points) for points in series[:2]) < t["steps"]:
         return None
     for points in series:
         # Near 0 a relative change means nothing: 0.1 is the least scale that cosines are judged by.
@@ -116,31 +133,43 @@ def nothing_learned(history: History, t: Thresholds) -> Seen:
 
 # ----------------------------------------------------------------------------------------------- prototypes
 def dead_prototypes(history: History, t: Thresholds) -> Seen:
-    """Dead share above `share` and rising: by `rise` above the least so far; or above `stuck` and no lower than at
-    first, `checks` evaluations later. The share is of min(K, images): no more prototypes than images can be live."""
+    """Dead share above `share` and not getting better, `steps` steps or more after the first evaluation.
+
+    Not better is either of: higher at each of the last `checks` evaluations than at the one before, by `rise` in all;
+    or above `share` at each of the last `checks`, the first evaluation not among them, and lower by less than `rise`
+    over them. A share that is high and falls is a run that wakes its prototypes up.
+
+    The share is of the prototypes that as many images as there are would reach if they chose at random,
+    K (1 - exp(-M / K)): a few images cannot use many prototypes, and that is no fault of these.
+    """
     live, count = history.finite("prototypes/live"), history.last("prototypes/count")
-    if len(live) < 2 or not count:
+    checks = int(t["checks"])
+    if len(live) < checks or not count or _lasted(live) < t["steps"]:
         return None
     rows = history.last("prototypes/rows") or count
-    usable = min(count, rows)
+    usable = count * (1.0 - math.exp(-rows / count))
     dead = [1.0 - min(p.value / usable, 1.0) for p in live]
-    least = min(dead[:-1])
-    rising = dead[-1] > t["share"] and dead[-1] > least + t["rise"]
-    stuck = len(dead) > t["checks"] and dead[-1] > t["stuck"] and dead[-1] >= dead[0] - t["rise"]
-    return {"dead": dead[-1], "count": usable, "rows": rows, "least": least} if rising or stuck else None
+    tail = dead[-checks:]
+    rising = all(b > a for a, b in itertools.pairwise(tail)) and tail[-1] - tail[0] >= t["rise"]
+    staying = len(dead) > checks and min(tail) > t["share"] and tail[0] - tail[-1] < t["rise"]
+    if tail[-1] <= t["share"] or not (rising or staying):
+        return None
+    return {"dead": dead[-1], "count": usable, "rows": rows, "least": min(dead[:-1])}
 
 
 def duplicate_prototypes(history: History, t: Thresholds) -> Seen:
-    """Unique share of live prototypes at epsilon 0.025 below `share`, or lower than before at each of the last
-    `checks` checks and by `fall` in all."""
+    """Unique share of live prototypes at epsilon 0.025 below `share` at the last two checks, or lower than before at
+    each of the last `checks` checks and by `fall` in all; `steps` steps or more after the first evaluation, which
+    shows the start."""
     live = {p.step: p.value for p in history.finite("prototypes/live")}
     unique = history.finite("prototypes/live_unique/0.025")
     shares = [p.value / live[p.step] for p in unique if live.get(p.step, 0.0) > 0.0]
-    if not shares or unique[-1].step not in live or live[unique[-1].step] <= 0.0:
+    if not shares or unique[-1].step not in live or live[unique[-1].step] <= 0.0 or _lasted(unique) < t["steps"]:
         return None
     tail = shares[-int(t["checks"]) - 1 :]
     falling = len(tail) > t["checks"] and all(b < a for a, b in itertools.pairwise(tail))
-    if shares[-1] >= t["share"] and not (falling and tail[0] - tail[-1] >= t["fall"]):
+    low = len(shares) > 1 and max(shares[-2:]) < t["share"]
+    if not low and not (falling and tail[0] - tail[-1] >= t["fall"]):
         return None
     before = shares[0] if len(shares) > 1 else shares[-1]
     return {"unique": unique[-1].value, "live": live[unique[-1].step], "share": shares[-1], "before": before}
@@ -173,6 +202,11 @@ def one_hot(history: History, t: Thresholds) -> Seen:
 
 
 # --------------------------------------------------------------------------------------------------- helpers
+def _lasted(points: list[Point]) -> int:
+    """Steps from the first point to the last; -1 without two points."""
+    return points[-1].step - points[0].step if len(points) > 1 else -1
+
+
 def _within(level: float, band: float) -> Callable[[float], bool]:
     return lambda value: abs(value - level) <= band
 

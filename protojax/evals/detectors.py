@@ -7,39 +7,19 @@ it usually means, what to try. Ids and thresholds live here alone, each threshol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from protojax.evals import detector_checks as checks
+from protojax.evals import detectors_alignment, detectors_prompts, detectors_soft_labels
+from protojax.evals.detector_types import SEVERITIES, Detector, Threshold
 from protojax.evals.history import History
 
-SEVERITIES = ("error", "warning", "notice")
+_SOON = "fewer steps show the initialisation, not what training made of it"
 
-
-class Threshold(NamedTuple):
-    """A number that a detector compares with, and why it is this one."""
-
-    value: float
-    reason: str
-
-
-class Detector(NamedTuple):
-    """id: snake_case, the same everywhere. reads: prefixes of the metric names that `check` looks at. check(history,
-    thresholds by name) -> numbers for the evidence sentence (and 'severity' where it is not the usual one), or None.
-    evidence: a format string over those numbers."""
-
-    id: str
-    severity: str
-    thresholds: Mapping[str, Threshold]
-    reads: tuple[str, ...]
-    check: Callable[[History, Mapping[str, float]], dict[str, Any] | None]
-    evidence: str
-    cause: str
-    advice: str
-
-
-# In order of consequence: what is first makes what is below meaningless.
-TABLE: tuple[Detector, ...] = (
+# In order of consequence: what is first makes what is below meaningless. These are for every workload and for
+# prototypes; those of the other workloads are in a file each.
+GENERAL: tuple[Detector, ...] = (
     Detector(
         "not_finite", "error", {}, ("loss/", "grad_norm", "update_norm", "estimator/"), checks.not_finite,
         "{name} is NaN or infinite since step {since}.",
@@ -51,6 +31,7 @@ TABLE: tuple[Detector, ...] = (
         "encoder_collapse", "error",
         {
             "share": Threshold(0.10, "below a tenth of the attainable rank nine directions of ten are wasted"),
+            "steps": Threshold(50, _SOON),
         },
         ("effective_rank", "rank/image/"), checks.encoder_collapse,
         "The effective rank of the features is {rank:.1f} of {attainable:.0f} attainable; it was {initial:.1f} right "
@@ -65,6 +46,7 @@ TABLE: tuple[Detector, ...] = (
             "std": Threshold(1e-3, "unit features of width D spread by 1/sqrt(D), above 0.01 for every usual D"),
             "rank": Threshold(1.5, "one direction has rank 1, two even ones have rank 2"),
             "cosine": Threshold(0.999, "a mean angle below 2.6 degrees between any two images"),
+            "steps": Threshold(50, _SOON),
         },
         ("rank/image/",), checks.constant_side,
         "All images have almost the same feature: spread {std:.2g}, mean pairwise cosine {cosine:.4f}, effective rank "
@@ -100,8 +82,8 @@ TABLE: tuple[Detector, ...] = (
         {
             "share": Threshold(0.50, "more than half of the capacity does nothing"),
             "rise": Threshold(0.02, "above the flicker of components at the edge of 1/(10 K)"),
-            "stuck": Threshold(0.90, "an arm that starts with nearly all dead and stays there never rises"),
-            "checks": Threshold(3, "a start from random directions needs some evaluations to come alive"),
+            "checks": Threshold(3, "two evaluations make a difference, three a direction"),
+            "steps": Threshold(100, "features leave their start within tens of steps and prototypes lag behind them"),
         },
         ("prototypes/live", "prototypes/count", "prototypes/rows"), checks.dead_prototypes,
         "{dead:.1%} of the {count:.0f} prototypes that {rows:.0f} images could use are dead (usage below 1/(10 K)), "
@@ -116,6 +98,7 @@ TABLE: tuple[Detector, ...] = (
             "share": Threshold(0.90, "one live prototype in ten repeats another"),
             "checks": Threshold(3, "three falls in a row are a trend, not noise"),
             "fall": Threshold(0.02, "a fall of one or two prototypes is flicker"),
+            "steps": Threshold(50, _SOON),
         },
         ("prototypes/live", "prototypes/live_unique/0.025"), checks.duplicate_prototypes,
         "{unique:.0f} of {live:.0f} live prototypes are unique at epsilon 0.025 ({share:.1%}; it was {before:.1%}).",
@@ -151,10 +134,20 @@ TABLE: tuple[Detector, ...] = (
     Detector(
         "dead_term", "warning",
         {"records": Threshold(3, "once may be chance: a hinge that was not reached")},
-        ("grad_norm", "weight/"), checks.dead_term,
+        ("grad_norm/", "weight/"), checks.dead_term,
         "The gradient of the term {term!r} is exactly 0 since step {since}, though its weight is not.",
         "The term cannot act: a clamp, a stop-gradient or a threshold that is never reached.",
         "Remove it from config.method.objective or correct its threshold.",
+    ),
+    Detector(
+        "dead_parameter", "warning",
+        {"steps": Threshold(50, "a rare branch may get no gradient for some batches, hardly for so many")},
+        ("gradient/",), checks.dead_parameter,
+        "The gradient of {names} is exactly 0 since step {since}.",
+        "Nothing that is trained depends on these parameters: a stop-gradient in front of them, an output that no term "
+        "reads, or units that never fire.",
+        "Check which outputs the terms of config.method.objective read, and config.method.head and "
+        "config.method.backbone for a part that is not used.",
     ),
     Detector(
         "nothing_learned", "warning",
@@ -174,9 +167,10 @@ TABLE: tuple[Detector, ...] = (
         "inert_term", "warning",
         {
             "share": Threshold(1e-9, "below float32's resolution of the total gradient"),
+            "prompts_share": Threshold(1e-6, "mixtures of prompts: above a penalty that was measured inert"),
             "records": Threshold(3, "once may be chance"),
         },
-        ("grad_norm", "weight/"), checks.inert_term,
+        ("grad_norm/", "weight/"), checks.inert_term,
         "The gradient of the term {term!r} is {ratio:.1e} of the total since step {since}.",
         "The term has a weight but no influence.",
         "Raise its weight in config.method.objective or remove it.",
@@ -194,7 +188,14 @@ TABLE: tuple[Detector, ...] = (
     ),
 )  # fmt: skip
 
-IDS = tuple(detector.id for detector in TABLE)
+# One table of all. A detector looks at the names of its own workload's metrics and is silent in every other run.
+TABLE: tuple[Detector, ...] = (
+    *GENERAL,
+    *detectors_soft_labels.TABLE,
+    *detectors_alignment.TABLE,
+    *detectors_prompts.TABLE,
+)
+IDS = tuple(dict.fromkeys(detector.id for detector in TABLE))
 
 
 def check_now(history: History, detector: Detector) -> dict[str, Any] | None:
@@ -225,7 +226,7 @@ class Diagnosis:
 
     def _reset(self) -> None:
         self._history = History(self._warmup_steps)
-        self._found: dict[str, dict[str, Any]] = {}
+        self._found: dict[int, dict[str, Any]] = {}  # by detector: two tables may use one id
         self._read = 0
         self._newest: Any = None
 
@@ -243,15 +244,15 @@ class Diagnosis:
         return [dict(finding) for finding in ranked]
 
     def _update(self, detector: Detector) -> None:
-        now, before = check_now(self._history, detector), self._found.get(detector.id)
+        now, before = check_now(self._history, detector), self._found.get(id(detector))
         if now is None:
             if before is not None and not before["evidence"].startswith("Gone"):
                 text = f"Gone at step {self._history.step}: {before['evidence']}"
-                self._found[detector.id] = {**before, "severity": "notice", "evidence": text}
+                self._found[id(detector)] = {**before, "severity": "notice", "evidence": text}
         elif before is None or before["severity"] != now["severity"]:
-            self._found[detector.id] = now
+            self._found[id(detector)] = now
         else:
-            self._found[detector.id] = {**now, "step": before["step"]}
+            self._found[id(detector)] = {**now, "step": before["step"]}
 
 
 def diagnose(records: Iterable[Mapping[str, Any]], *, warmup_steps: int = 0) -> list[dict[str, Any]]:

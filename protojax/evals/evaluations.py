@@ -7,6 +7,7 @@ can be put into one record: `knn`, `groups` and `groups_macro`; `prototypes` and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,13 @@ import numpy as np
 
 from protojax.api import Evaluation, FeatureBank, Key, Probe, SourceSpec
 from protojax.evals import audit as audit_lib
+from protojax.evals.asked import Groups, check_groups, class_count, class_counts, in_order, some_labels, split_spec
 from protojax.evals.clustering import clustering_scores
+from protojax.evals.geometry import alignment, lidar, uniformity
 from protojax.evals.knn import DEFAULT_KS, accuracy_by_group, check_ks, knn_accuracy
 from protojax.evals.neighbours import unit_rows
 from protojax.evals.rank import rank_summary
 
-Groups = Mapping[str, Mapping[str, Sequence[int] | np.ndarray]]  # label key -> group name -> class ids
 REPORTED_K = 20
 
 
@@ -45,17 +47,11 @@ def knn_evaluation(
     Raises ValueError when a split or label is missing, the two splits are one, k is larger than the bank (unless
     `clamp`), or a group names a class that does not exist.
     """
-    bank_spec, test_spec = (_split_spec(specs, split, name) for split in (bank_split, test_split))
-    if bank_split == test_split:
-        raise ValueError(
-            f"evaluation {name!r}: bank and test are both {bank_split!r}, so that every image would be its own nearest "
-            "neighbour; give two splits."
-        )
-    classes = {label: _class_count(bank_spec, test_spec, label, name) for label in _some(label_keys, name)}
-    check_ks(ks, bank_spec.size, clamp)
+    classes = class_counts(specs, bank_split, test_split, label_keys, name)
+    check_ks(ks, specs[bank_split].size, clamp)
     groups = {} if groups is None else groups
     for label, members in groups.items():
-        _check_groups(label, members, classes, name)
+        check_groups(label, members, classes, name)
     reported = _reported_k(ks) if group_k is None else int(group_k)
     if reported not in set(ks):
         raise ValueError(f"evaluation {name!r}: group_k = {reported} is not one of ks = {tuple(ks)}.")
@@ -148,9 +144,9 @@ def clustering_evaluation(
     """Agreement of the nearest-prototype assignment with labels: {'clustering': {label: {'nmi', 'ari', 'hungarian',
     'purity'}}}; rows without direction are a cluster of their own. Raises ValueError for a missing split or label."""
     _check_reading(reading, name)
-    spec = _split_spec(specs, split, name)
-    for label in _some(label_keys, name):
-        _class_count(spec, spec, label, name)
+    spec = split_spec(specs, split, name)
+    for label in some_labels(label_keys, name):
+        class_count(spec, spec, label, name)
 
     def run(probe: Probe, key: Key) -> dict[str, Any]:
         if probe.codebook is None:
@@ -159,6 +155,45 @@ def clustering_evaluation(
         rows, center = _estimator_rows(bank, reading), _optional(probe.info, "center")
         nearest = audit_lib.usage(np.asarray(probe.codebook.prototypes), rows, center=center).nearest
         return {"clustering": {label: clustering_scores(bank.labels[label], nearest) for label in label_keys}}
+
+    return Evaluation(name, run)
+
+
+def views_split(split: str, images: int, views: int, seed: int) -> str:
+    """The name under which a probe keeps `views` random views of `images` images of a split, drawn by `seed`."""
+    return f"{split}: {views} views of {images} images, seed {seed}"
+
+
+def parse_views(name: str) -> tuple[str, int, int, int] | None:
+    """(split, images, views, seed) of such a name, or None for any other."""
+    match = re.fullmatch(r"(.+): (\d+) views of (\d+) images, seed (\d+)", name)
+    return None if match is None else (match[1], int(match[3]), int(match[2]), int(match[4]))
+
+
+def geometry_evaluation(
+    *, split: str = "bank", views: int = 0, images: int = 1000, seed: int = 0, name: str = "geometry"
+) -> Evaluation:
+    """Uniformity of a split, and, with `views` >= 2 random views of `images` of its images, alignment and LiDAR.
+
+    Returns {name: {'uniformity': {'image', 'backbone'}, 'alignment': the same, 'lidar': the same}}; None without views.
+    Views need a network: they are there in `protojax eval`, not in training. They are asked of the probe as the bank
+    `views_split(...)`, whose `extra` holds 'views/image' [M,V,D] and 'views/backbone' [M,V,F]. Raises ValueError for
+    one view or fewer than two images.
+    """
+    if views < 0 or views == 1 or images < 2:
+        raise ValueError(f"evaluation {name!r}: expected views 0 or >= 2 and images >= 2, got {views} and {images}.")
+
+    def run(probe: Probe, key: Key) -> dict[str, Any]:
+        bank = in_order(probe.bank(split))
+        spaces = {"image": bank.image, "backbone": bank.backbone}
+        seen: dict[str, np.ndarray | None] = dict.fromkeys(spaces)
+        result: dict[str, Any] = {"uniformity": {k: uniformity(v) for k, v in spaces.items()}}
+        if views:
+            some = probe.bank(views_split(split, images, views, seed)).extra
+            seen = {k: some[f"views/{k}"] for k in spaces}
+        result["alignment"] = {k: None if v is None else alignment(v) for k, v in seen.items()}
+        result["lidar"] = {k: None if v is None else lidar(v) for k, v in seen.items()}
+        return {name: result}
 
     return Evaluation(name, run)
 
@@ -181,45 +216,3 @@ def _optional(info: Mapping[str, Any], name: str) -> np.ndarray | None:
 def _reported_k(ks: Sequence[int]) -> int:
     below = [k for k in ks if k <= REPORTED_K]
     return max(below) if below else min(ks)
-
-
-def _some(label_keys: Sequence[str], name: str) -> tuple[str, ...]:
-    if isinstance(label_keys, str) or not label_keys:
-        raise ValueError(f"evaluation {name!r}: label_keys must be a non-empty list of names, got {label_keys!r}.")
-    return tuple(label_keys)
-
-
-def _split_spec(specs: Mapping[str, SourceSpec], split: str, name: str) -> SourceSpec:
-    if split not in specs:
-        raise ValueError(f"evaluation {name!r} needs the split {split!r}; this recipe has {sorted(specs)}.")
-    if specs[split].size < 1:
-        raise ValueError(f"evaluation {name!r}: the split {split!r} of {specs[split].name!r} is empty.")
-    return specs[split]
-
-
-def _class_count(bank: SourceSpec, test: SourceSpec, label: str, name: str) -> int:
-    for spec in (bank, test):
-        if label not in spec.classes:
-            known = sorted(spec.classes)
-            raise ValueError(
-                f"evaluation {name!r} needs labels {label!r}, but the source {spec.name!r} has "
-                f"{known if known else 'no labels'}. Name labels that it has in config.evals.labels, or leave the "
-                "evaluation out."
-            )
-    if tuple(bank.classes[label]) != tuple(test.classes[label]):
-        raise ValueError(
-            f"evaluation {name!r}: labels {label!r} of {bank.name!r} ({len(bank.classes[label])} classes) and of "
-            f"{test.name!r} ({len(test.classes[label])} classes) do not have the same classes in the same order."
-        )
-    return len(bank.classes[label])
-
-
-def _check_groups(label: str, members: Mapping[str, Any], classes: Mapping[str, int], name: str) -> None:
-    if label not in classes:
-        raise ValueError(f"evaluation {name!r}: groups are given for {label!r}, but label_keys are {sorted(classes)}.")
-    ids = np.concatenate([np.zeros(0, np.int64), *(np.asarray(m, np.int64).ravel() for m in members.values())])
-    bad = ids[(ids < 0) | (ids >= classes[label])]
-    if bad.size:
-        raise ValueError(
-            f"evaluation {name!r}: groups of {label!r} name the classes {bad.tolist()}, but there are {classes[label]}."
-        )

@@ -8,6 +8,7 @@ depend neither on `block` nor on the number of devices or threads.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,30 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     return rows / np.where(norm > 0, norm, 1.0)
 
 
+def check_pair(queries: np.ndarray, bank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as `check_rows` gives them. Raises ValueError when their widths differ."""
+    queries, bank = check_rows(queries, "queries"), check_rows(bank, "bank")
+    if queries.shape[1] != bank.shape[1]:
+        raise ValueError(f"queries have width {queries.shape[1]}, the bank has width {bank.shape[1]}; they must agree.")
+    return queries, bank
+
+
+def all_cosines(queries: np.ndarray, bank: np.ndarray, *, entries: int = 2**23) -> Iterator[tuple[slice, np.ndarray]]:
+    """(rows of queries, their cosines float64 [rows,M] to the whole bank, multiples of 1/GRID), block by block.
+
+    For evaluations that rank everything. A block holds at most `entries` cosines (64 MiB), or one row. Errors as
+    `nearest_rows`.
+    """
+    queries, bank = check_pair(queries, bank)
+    scaled = unit_rows(bank).T
+    block = max(1, entries // len(bank))
+    for start in range(0, len(queries), block):
+        cosines = (unit_rows(queries[start : start + block]) * GRID) @ scaled
+        np.rint(cosines, out=cosines)
+        cosines /= GRID
+        yield slice(start, start + len(cosines)), cosines
+
+
 def nearest_rows(
     queries: np.ndarray, bank: np.ndarray, k: int, *, block: int = 1024, bank_block: int = 8192
 ) -> Neighbours:
@@ -58,9 +83,7 @@ def nearest_rows(
     8 * block * (bank_block + k) bytes whatever Q and M. Raises ValueError for another width, k outside 1..M, or
     rows that are not finite.
     """
-    queries, bank = check_rows(queries, "queries"), check_rows(bank, "bank")
-    if queries.shape[1] != bank.shape[1]:
-        raise ValueError(f"queries have width {queries.shape[1]}, the bank has width {bank.shape[1]}; they must agree.")
+    queries, bank = check_pair(queries, bank)
     if not 1 <= k <= len(bank):
         raise ValueError(f"k = {k} neighbours were asked of a bank of {len(bank)} rows; k must be in 1..{len(bank)}.")
     if len(bank) > _MAX_BANK:

@@ -32,8 +32,8 @@ class Head(nnx.Module):
 
     norm: 'batch' or 'none'. Dense layers that feed a batch norm or the whitening have no bias: the norm subtracts it,
     so its gradient is identically zero and weight decay alone would move it (CARP's and DINO's code keep such biases;
-    the function is the same). The last layer before no whitening, and all of them without norm, have one. normalise: l2-normalised output,
-    h / max(||h||, 1e-12). init: 'normal' (N(0, 0.02^2), both papers) or 'xavier' (uniform), biases zero.
+    the function is the same). All others have one. normalise: l2-normalised output, h / max(||h||, 1e-12). init:
+    'normal' (N(0, 0.02^2), both papers) or 'xavier' (uniform), biases zero.
     layers = 0 is the identity (dim must then be the input width); layers = 1 is a linear map. Output float32.
 
     Raises ValueError on an unknown norm or init, negative layers or whiten, and layers = 0 with dim != inputs.

@@ -5,5 +5,7 @@ from protojax.objectives.combine import combine
 from protojax.objectives.common import check_inputs, input_names
 from protojax.objectives.dino import dino
 from protojax.objectives.koleo import koleo_proto
+from protojax.objectives.soft_label import soft_label
+from protojax.objectives.swav import swav
 
-__all__ = ["carp", "check_inputs", "combine", "dino", "input_names", "koleo_proto"]
+__all__ = ["carp", "check_inputs", "combine", "dino", "input_names", "koleo_proto", "soft_label", "swav"]

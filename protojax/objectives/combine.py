@@ -18,7 +18,8 @@ def combine(*, total_steps: int | None = None, **terms: tuple[ScheduleSpec, Obje
 
     weight: a number or a schedule over the run (which needs `total_steps`). The result requires what any term does;
     its parameters are {name: the term's}; each term gets a key of its own, which does not depend on the order or on
-    the other terms' number. Metrics: 'loss' (the sum), and each term's under 'name/'.
+    the other terms' number. Metrics: 'loss' (the sum), and each term's under 'name/'. Its `terms` are the weighted
+    terms, and 'name/inner' for those of a term that has its own.
 
     Raises ValueError for no term, a schedule without total_steps; TypeError for anything but (weight, objective).
     """
@@ -59,5 +60,22 @@ def combine(*, total_steps: int | None = None, **terms: tuple[ScheduleSpec, Obje
         metrics["loss"] = common.once(total, inputs["mask"])
         return total, metrics
 
+    def parts(params: PyTree, inputs: Mapping[str, Any]) -> dict[str, tuple[Array, Array]]:
+        found: dict[str, tuple[Array, Array]] = {}
+        for name, objective in objectives.items():
+            own = dict(inputs)
+            if "key" in inputs:
+                own["key"] = own_key(inputs["key"], name)
+            weight = weights[name](inputs["step"] if moving else 0)
+            if objective.terms is None:
+                value, _ = objective.loss(params.get(name, {}), own)
+                found[name] = weight, weight * value.astype(weight.dtype)
+                continue
+            for inner, (inner_weight, value) in objective.terms(params.get(name, {}), own).items():
+                found[f"{name}/{inner}"] = weight * inner_weight, weight * value.astype(weight.dtype)
+        return found
+
+    several = len(objectives) > 1 or any(objective.terms for objective in objectives.values())
     requires = frozenset().union(*(objective.requires for objective in objectives.values())) | {"mask"}
-    return Objective(requires | ({"step"} if moving else frozenset()), init, loss)
+    needed = requires | ({"step"} if moving else frozenset())
+    return Objective(needed, init, loss, parts if several else None)

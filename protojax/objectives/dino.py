@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from protojax.api import Array, Codebook, Metrics, Objective, PyTree
 from protojax.objectives import common
-from protojax.ops.lse import expectation, lse
+from protojax.ops.lse import expectation, lse, soft_cross_entropy_pairs
 from protojax.schedules import ScheduleSpec, is_constant, make_schedule
 
 
@@ -28,10 +28,9 @@ def dino(
     bias (`estimators.with_logit_center`). teacher_temperature: a schedule over the run (default: 0.04 to 0.07 in the
     first 30%), which needs `total_steps`.
 
-    Views are scored once each, then paired: with O_j = sum_k t_jk m_k, beta_j = sum_k t_jk b_k and n_i the number of
-    teacher views other than i,
+    Views are scored once each, then paired: with O_j = sum_k t_jk m_k and beta_j = sum_k t_jk b_k,
 
-        sum_ij CE(t_j, s_i) = sum_i [n_i LSE(s_i) - (u_i . sum_{j != i} O_j + sum_{j != i} beta_j) / tau_s],
+        CE(t_j, s_i) = LSE(s_i) - (u_i . O_j + beta_j) / tau_s,
 
     so that V + T sweeps over the prototypes serve V T pairs, and nothing of N x K is stored.
 
@@ -57,7 +56,7 @@ def dino(
         pairs = pair_cross_entropy(student, teacher, prediction, target, tau, temperature)
         value = common.masked_mean(pairs, mask)
         stride = max(1, mask.shape[0] // 64)
-        entropy = _teacher_entropy(teacher[0, ::stride] / temperature, target, temperature)
+        entropy = teacher_entropy(teacher[0, ::stride] / temperature, target, temperature)
         values: dict[str, Array | float] = {
             "loss": value,
             "chance": math.log(prediction.prototypes.shape[0]),
@@ -91,22 +90,16 @@ def pair_cross_entropy(
     teacher_temperature: Array | float,
 ) -> Array:
     """Mean over pairs i != j of the cross-entropy of student view i to teacher view j [B]; see `dino`."""
-    views, rows, dim = student.shape
-    teachers = teacher.shape[0]
-    values, offsets = prediction.prototypes / student_temperature, prediction.bias / student_temperature
-    normaliser = lse(student.reshape(-1, dim), values, offsets).reshape(views, rows)
-    queries, bias = teacher.reshape(-1, dim) / teacher_temperature, target.bias / teacher_temperature
-    mean, offset = expectation(queries, target.prototypes, bias, values, offsets)
-    mean, offset = mean.reshape(teachers, rows, dim), offset.reshape(teachers, rows)
-    # Teacher views other than i: their number, and the sums of their expected prototypes and biases.
-    others = jnp.asarray([[float(i != j) for j in range(teachers)] for i in range(views)], mean.dtype)
-    means = jnp.einsum("vt,tbd->vbd", others, mean, precision="highest")
-    offsets_sum = jnp.einsum("vt,tb->vb", others, offset, precision="highest")
-    total = jnp.sum(others, axis=1)[:, None] * normaliser - jnp.sum(student * means, axis=-1) - offsets_sum
-    return jnp.sum(total, axis=0) / (views * teachers - teachers)
+    views, teachers = student.shape[0], teacher.shape[0]
+    losses = soft_cross_entropy_pairs(
+        (student, prediction.prototypes / student_temperature, prediction.bias / student_temperature),
+        (teacher / teacher_temperature, target.prototypes, target.bias / teacher_temperature),
+    )
+    others = ~jnp.eye(views, teachers, dtype=bool)[:, :, None]
+    return jnp.sum(jnp.where(others, losses, jnp.zeros((), losses.dtype)), axis=(0, 1)) / (views * teachers - teachers)
 
 
-def _teacher_entropy(queries: Array, target: Codebook, temperature: Array | float) -> Array:
+def teacher_entropy(queries: Array, target: Codebook, temperature: Array | float) -> Array:
     """H_i = LSE_k l_ik - sum_k t_ik l_ik of the teacher's assignments, for the report."""
     queries, keys, bias = jax.lax.stop_gradient((queries, target.prototypes, target.bias / temperature))
     mean, offset = expectation(queries, keys, bias, keys, bias)

@@ -37,11 +37,11 @@ class _Setting(NamedTuple):
 
 class ContrastiveLosses(NamedTuple):
     """losses [P], in the order of `widths`: (mean row + mean column cross-entropy) / 2, in nats. chance: scalar, the
-    loss of embeddings that do not depend on their input, mean_i ln(1 + negatives of i). count: pairs that counted."""
+    loss of embeddings that do not depend on their input, mean_i ln(1 + negatives of i). pairs: how many counted."""
 
     losses: Array
     chance: Array
-    count: Array
+    pairs: Array
 
 
 def check_widths(widths: Sequence[int], dim: int) -> tuple[int, ...]:
@@ -261,8 +261,8 @@ def _backward(setting, residuals, cotangents):
             running = slope if running is None else running + slope
             x_bar.append(_product("grb,bd->grd", running, y[:, a:b], setting))
             y_bar.append(_product("grb,grd->gbd", running, tile.vectors[:, :, a:b], setting))
-        y_bar, x_bar = (jnp.concatenate(parts[::-1], axis=2) for parts in (y_bar, x_bar))
-        return (carry[0] + y_bar, carry[1] + jnp.stack(right_bar)), (x_bar, jnp.stack(left_bar))
+        whole = [jnp.concatenate(parts[::-1], axis=2) for parts in (x_bar, y_bar)]
+        return (carry[0] + whole[1], carry[1] + jnp.stack(right_bar)), (whole[0], jnp.stack(left_bar))
 
     used = setting.widths[-1]
     start = (

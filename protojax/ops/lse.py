@@ -9,8 +9,8 @@ queries / T and bias / T. No array of N x K elements is ever made, forward or ba
 - `soft_cross_entropy`: -sum_k t_nk ln s_nk = LSE(s) - q_s . O_t - t . c with O_t = sum_k t_nk m_k, whose gradient with
   respect to the student query is O_s - O_t.
 
-There is no forward mode (`jax.jvp` raises): a rule that is linear in the tangents would have to be transposed by JAX for
-the backward pass, and transposing the sweep keeps every tile of responsibilities, N x K numbers; a second primitive with
+There is no forward mode (`jax.jvp` raises): JAX would have to transpose a rule that is linear in the tangents for the
+backward pass, and transposing the sweep keeps every tile of responsibilities, N x K numbers; a second primitive with
 its own transpose would double the sweeps, and nothing in training needs it.
 
 Operands may be bfloat16, float32 or float64; sums, exponentials and logarithms are float32 (float64 when an operand

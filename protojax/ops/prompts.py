@@ -6,6 +6,7 @@ scored in chunks, forward and backward, and the prompts themselves exist one chu
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -80,7 +81,7 @@ def _pooled(images: Array, base: Array, offsets: Array, scale: float, pool: str)
                                     preferred_element_type=offsets.dtype)  # fmt: skip
     if pool == "max":
         return jnp.max(similarity, axis=2)
-    return jax.nn.logsumexp(similarity, axis=2) - float(jnp.log(float(similarity.shape[2])))
+    return jax.nn.logsumexp(similarity, axis=2) - math.log(similarity.shape[2])
 
 
 def _starts(classes: int, chunk: int) -> tuple[int, int]:

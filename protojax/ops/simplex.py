@@ -16,8 +16,8 @@ Array = jax.Array
 def largest_probability(categories: int, ratio: float) -> float:
     """max_{|u| <= 1} max_j softmax(ratio u)_j = 1 / (1 + (C-1) exp(-sqrt(C/(C-1)) ratio)), ratio = s / T.
 
-    The maximum is at u = one coordinate sqrt((C-1)/C), the others -1/sqrt(C (C-1)): the most that a unit vector can lift
-    one logit above the mean of the others. Raises ValueError for fewer than 2 categories or a negative ratio.
+    The maximum is at u = one coordinate sqrt((C-1)/C), the others -1/sqrt(C (C-1)): the most that a unit vector can
+    lift one logit above the mean of the others. Raises ValueError for fewer than 2 categories or a negative ratio.
     """
     check_categories(categories)
     if not ratio >= 0:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from protojax.reporting.facts import EPSILONS, Facts, primary_label
 from protojax.reporting.page import Html, plot
 from protojax.reporting.records import Run, series
 from protojax.reporting.svg import (
-    HEIGHT,
     ROLES,
     SERIES,
     STYLES,
@@ -204,10 +201,14 @@ def throughput(run: Run) -> Html:
 
 
 def usage(run: Run) -> Html:
+    return usage_plot(run.arrays.get("usage"), "report_data.npz holds no usage.")
+
+
+def usage_plot(shares: np.ndarray | None, missing: str) -> Html:
+    """Usage shares [K], sorted, with the borders of live and of an equal share."""
     title = "Usage, sorted"
-    shares = run.arrays.get("usage")
     if shares is None or not np.isfinite(shares).all() or shares.sum() <= 0:
-        return plot(title, None, "", "report_data.npz holds no usage.")
+        return plot(title, None, "", missing)
     shares = np.sort(shares.astype(np.float64) / shares.sum())[::-1]
     count, used = shares.size, int((shares > 0).sum())
     alive = int((shares > 1 / (10 * count)).sum())
@@ -230,10 +231,14 @@ def usage(run: Run) -> Html:
 
 
 def similarity(run: Run) -> Html:
+    return similarity_plot(run.arrays.get("similarity"), "report_data.npz holds no similarity matrix.")
+
+
+def similarity_plot(cosines: np.ndarray | None, missing: str = "") -> Html:
+    """Cosines [n,n] as a picture."""
     title = "Prototype against prototype"
-    cosines = run.arrays.get("similarity")
     if cosines is None:
-        return plot(title, None, "", "report_data.npz holds no similarity matrix.")
+        return plot(title, None, "", missing)
     cosines = np.clip(cosines.astype(np.float32), -1.0, 1.0)
     caption = f"Cosine among {len(cosines)} prototypes, ordered by cluster. Bright squares off the diagonal are near "
     caption += "copies of one another; a bright whole is one cone."
@@ -284,43 +289,23 @@ def groups(facts: Facts) -> Html:
         return plot(title, to_svg(figure, f"{title}. {caption}"), caption)
 
 
-def usage_history(run: Run) -> Html | None:
-    """Usage of every prototype over time, or None where it was not written (it is optional)."""
-    history = run.arrays.get("usage_history")
-    if history is None or len(history) < 2:
-        return None
-    title = "Usage over time"
-    shares = history.astype(np.float64) / np.maximum(history.sum(axis=1, keepdims=True), 1e-30)
-    count = shares.shape[1]
-    ordered = shares[:, np.argsort(-shares[-1], kind="stable")]
-    if count > MOST_POINTS:
-        ordered = np.stack([part.mean(axis=1) for part in np.array_split(ordered, MOST_POINTS, axis=1)], axis=1)
-    caption = "One row a prototype, most used at the end on top; colour: usage against an equal share (1 = equal)."
-    with drawing():
-        figure, axes = new_axes(HEIGHT, "record", "prototypes")
-        axes.grid(visible=False)
-        scale = mpl.colors.LogNorm(vmin=0.01, vmax=max(10.0, float(ordered.max()) * count))
-        filled = np.maximum(ordered.T * count, 0.01)
-        picture = axes.imshow(filled, aspect="auto", norm=scale, cmap="viridis", interpolation="none")
-        axes.set_yticks([])
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        bar = figure.colorbar(picture, ax=axes, label="usage × K")
-        bar.outline.set_visible(False)  # type: ignore[operator]
-        plain_numbers(bar.ax.yaxis)
-        return plot(title, to_svg(figure, f"{title}. {caption}"), caption)
-
-
 def projection(run: Run) -> Html | None:
     """Map of the prototypes in two dimensions, or None where it was not written (it is optional)."""
     points = run.arrays.get("projection")
     if points is None or points.shape[1] != 2:
         return None
+    return projection_plot(points, run.arrays.get("usage"))
+
+
+def projection_plot(points: np.ndarray, usage: np.ndarray | None) -> Html:
+    """Points [K,2]; usage [K] gives their sizes and tells live from dead; None: all alike."""
     title = "Map of the prototypes"
-    shares = run.arrays.get("usage", np.ones(len(points)))
+    shares = np.ones(len(points)) if usage is None else usage
     chosen = np.unique(np.linspace(0, len(points) - 1, min(len(points), MOST_DOTS)).astype(np.int64))
     alive = shares[chosen] > shares.sum() / (10 * len(points))
     sizes = np.clip(16.0 * shares[chosen] * len(points) / max(float(shares.sum()), 1e-30), 10.0, 120.0)
-    caption = "Two-dimensional projection; distances are only roughly kept. Size: usage."
+    caption = "Projection on the first two principal axes; distances are only roughly kept."
+    caption += "" if usage is None else " Size: usage."
     if chosen.size < len(points):
         caption += f" {chosen.size} of {len(points)} prototypes are drawn."
     with drawing():

@@ -17,15 +17,19 @@ from typing import Any
 import numpy as np
 
 KINDS = ("train", "eval", "diagnosis", "event")
-# Number of axes of every array that report_data.npz may hold.
+# Number of axes of every array that report_data.npz of a run with prototypes may hold.
 ARRAY_AXES = {
     "prototypes": 2,
     "usage": 1,
     "similarity": 2,
     "sample_prototypes": 1,
     "sample_images": 5,
-    "usage_history": 2,
     "projection": 2,
+    "sample_names": 1,
+    "sample_purity": 1,
+    "class_counts": 1,
+    "class_coverage": 1,
+    "class_prototypes": 1,
 }
 _SHOWN_PROBLEMS = 5
 
@@ -141,10 +145,10 @@ def _read_arrays(path: Path, problems: list[str]) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             for name in archive.files:
-                if name not in ARRAY_AXES:
-                    continue
                 array = archive[name]
-                if array.ndim != ARRAY_AXES[name] or array.size == 0:
+                if name not in ARRAY_AXES:  # of another workload, whose page knows what it is
+                    arrays[name] = array
+                elif array.ndim != ARRAY_AXES[name] or array.size == 0:
                     expected = ARRAY_AXES[name]
                     problems.append(f"{path.name}: {name} has shape {array.shape}, expected {expected} axes: not used.")
                 else:
@@ -159,9 +163,12 @@ def _consistent(arrays: dict[str, np.ndarray], name: str, problems: list[str]) -
     pairs = (
         ("usage", 0, "prototypes", 0),
         ("projection", 0, "usage", 0),
-        ("usage_history", 1, "usage", 0),
         ("sample_images", 0, "sample_prototypes", 0),
         ("similarity", 0, "similarity", 1),
+        ("sample_names", 0, "sample_images", 0),
+        ("sample_purity", 0, "sample_images", 0),
+        ("class_coverage", 0, "class_counts", 0),
+        ("class_prototypes", 0, "class_counts", 0),
     )
     for first, axis, second, other in pairs:
         if first in arrays and second in arrays and arrays[first].shape[axis] != arrays[second].shape[other]:

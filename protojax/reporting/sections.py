@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from protojax.reporting import plots
+from protojax.reporting import plots, usage_plots
 from protojax.reporting.facts import EPSILONS, Audit, Facts
 from protojax.reporting.page import Html, card, code, details, grid, image, join, plot, section, table, tag, text
 from protojax.reporting.records import Run, as_number, dig, flatten
@@ -84,10 +84,11 @@ def figures(run: Run, facts: Facts) -> Html:
         plots.live(run, facts),
         plots.unique(run, facts),
         plots.usage(run),
+        usage_plots.usage_over_time(run),
         plots.groups(facts),
+        usage_plots.tail(run),
         plots.similarity(run),
         plots.projection(run),
-        plots.usage_history(run),
         plots.perplexity(run, facts),
         plots.rank(run, facts),
         plots.gradient(run),
@@ -107,12 +108,15 @@ def samples(run: Run) -> Html:
         return section(title, plot(title, None, "", reason), anchor="samples")
     chosen = np.unique(np.linspace(0, len(pictures) - 1, min(len(pictures), MOST_SAMPLES)).astype(np.int64))
     usage = run.arrays.get("usage")
+    classes, purity = run.arrays.get("sample_names"), run.arrays.get("sample_purity")
     blocks = []
     for row in chosen:
         prototype = int(names[row]) if names is not None else int(row)
         caption = f"Prototype {prototype}"
         if usage is not None and 0 <= prototype < len(usage) and usage.sum() > 0:
             caption += f" · {percent(float(usage[prototype] / usage.sum()), 2)} of images"
+        if classes is not None and purity is not None and str(classes[row]):
+            caption += f", {percent(float(purity[row]), 0)} of them {classes[row]}"
         strip = "".join(
             image(_jpeg(pixels), "image/jpeg", f"near prototype {prototype}") for pixels in pictures[row][:MOST_IMAGES]
         )
@@ -179,7 +183,8 @@ def _centred(run: Run) -> Html:
 def _last_record(run: Run) -> Html:
     if not run.evals:
         return Html("")
-    rows = [(name, _cell(value)) for name, value in flatten(run.evals[-1].get("metrics", {})).items()]
+    flat = flatten(run.evals[-1].get("metrics", {}))
+    rows = [(name, _cell(value)) for name, value in flat.items() if not name.startswith("prototypes/usage/")]
     return details(f"Everything in the last evaluation (step {run.evals[-1]['step']})", table(("", "value"), rows))
 
 

@@ -39,10 +39,14 @@ from protojax.workloads.base import GIVEN, part
 from protojax.workloads.images import IMAGENET_MEAN, IMAGENET_STD, VIEWS
 
 ESTIMATORS: dict[str, Callable[..., Estimator]] = {
-    name: getattr(estimator_lib, name) for name in ("learned", "capi", "mixture", "balanced", "frozen")
+    name: getattr(estimator_lib, name)
+    for name in (
+        *("learned", "capi", "mixture", "balanced", "frozen", "coupled", "queue_sinkhorn", "spherical_kmeans"),
+        *("periodic_kmeans", "von_mises_fisher", "variational"),
+    )
 }
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    name: getattr(objective_lib, name) for name in ("carp", "dino", "koleo_proto")
+    name: getattr(objective_lib, name) for name in ("carp", "dino", "koleo_proto", "swav")
 }
 
 
@@ -145,11 +149,13 @@ def _available(estimator: Estimator) -> list[str]:
 
 
 def teacher_rows(embeddings: Mapping[str, Array], batch: Batch, head: PyTree = None) -> dict[str, Array]:
-    """Teacher embeddings [V,B,D] -> rows [B*V,D], image by image: with B sharded no row moves."""
+    """Teacher embeddings [V,B,D] -> rows [B*V,D], image by image: with B sharded no row moves. An estimator that shares
+    its prototypes with the optimiser (`coupled`) finds the teacher's copy of the offset beside them."""
     image = jnp.swapaxes(embeddings["image"], 0, 1)
     count, views_, dim = image.shape
     mask = jnp.broadcast_to(batch["mask"][:, None], (count, views_))
-    return {"features": image.reshape(count * views_, dim), "mask": mask.reshape(count * views_)}
+    offset = {k: v for k, v in (head or {}).get("prototypes", {}).items() if k == "offset"}
+    return {"features": image.reshape(count * views_, dim), "mask": mask.reshape(count * views_), **offset}
 
 
 def _encoder(config: Config, dtype: Any) -> Encoder:

@@ -10,7 +10,22 @@ import numpy as np
 import pytest
 
 from protojax.api import Estimator, EstimatorSpec
-from protojax.estimators import balanced, capi, describe, frozen, learned, mixture, with_logit_center
+from protojax.estimators import (
+    balanced,
+    capi,
+    coupled,
+    describe,
+    frozen,
+    learned,
+    mixture,
+    periodic_kmeans,
+    queue_sinkhorn,
+    spherical_kmeans,
+    variational,
+    von_mises_fisher,
+    with_coupling,
+    with_logit_center,
+)
 
 K, D, N = 24, 6, 10  # K > N on purpose
 SPEC = EstimatorSpec(dim=D, rows=N, total_steps=20)
@@ -26,8 +41,15 @@ BUILDERS = {
     "balanced_every": lambda k: balanced(k, every=2, start="random"),
     "capi": lambda k: capi(k),
     "centered": lambda k: with_logit_center(balanced(k), 0.5),
+    "spherical_kmeans": lambda k: spherical_kmeans(k),
+    "periodic_kmeans": lambda k: periodic_kmeans(k, every=2, restart="warm", sweeps=2),
+    "von_mises_fisher": lambda k: von_mises_fisher(k, concentration="each", max_concentration=100.0),
+    "variational": lambda k: variational(k, eta=("linear", 0.2, 0.05)),
+    "queue_sinkhorn": lambda k: queue_sinkhorn(k),
+    "coupled": lambda k: coupled(k, coupling=0.5),
 }
 # Revival picks components by rank and rows at random, so that it commutes with permutations in distribution only.
+LEARNED = ("learned", "capi", "queue_sinkhorn", "coupled")
 PERMUTABLE = [name for name in BUILDERS if name != "mixture_diag"]
 
 
@@ -155,7 +177,7 @@ def test_no_gradient_enters_the_state(name, key):
 
     to_state, to_head = jax.jit(jax.grad(through_books, (0, 1)))(floating(S), head)
     assert all(not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(to_state))
-    assert bool(jax.tree.leaves(to_head)) == (name in ("learned", "capi"))
+    assert bool(jax.tree.leaves(to_head)) == (name in LEARNED)
     assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(to_head))
 
     rows = rows_of(key)
@@ -169,12 +191,12 @@ def test_no_gradient_enters_the_state(name, key):
 
 def test_target_of_learned_heads_is_cut_off(key):
     """The target codebook carries no gradient to the head, the prediction does."""
-    for estimator in (learned(K), capi(K)):
+    for estimator in (learned(K), capi(K), queue_sinkhorn(K), coupled(K)):
         S, head = estimator.init(key, SPEC), estimator.head(key, SPEC)
         to_target = jax.grad(lambda h, e=estimator, s=S: jnp.sum(e.codebooks(s, h)[0].prototypes ** 3))(head)
         to_prediction = jax.grad(lambda h, e=estimator, s=S: jnp.sum(e.codebooks(s, h)[1].prototypes ** 3))(head)
-        assert not np.any(np.asarray(to_target["prototypes"]))
-        assert np.any(np.asarray(to_prediction["prototypes"]))
+        assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(to_target))
+        assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(to_prediction))
         with pytest.raises(ValueError, match="expected the head that this estimator made"):
             estimator.codebooks(S, {})
 
@@ -192,6 +214,18 @@ def test_target_of_learned_heads_is_cut_off(key):
         (lambda: balanced(8, prior_exponent=-1.0), "prior_exponent: expected a finite number of at least 0"),
         (lambda: balanced(8, start="kmeans"), r"start.*did you mean 'kmeans\+\+'"),
         (lambda: capi(8, target_temperature=0.0), "target_temperature: expected a positive number"),
+        (lambda: spherical_kmeans(8, start="kmean++"), r"spherical_kmeans, start.*did you mean 'kmeans\+\+'"),
+        (lambda: periodic_kmeans(8, memory=7), r"at least as many rows as components \(8\), got 7"),
+        (lambda: periodic_kmeans(8, restart="worm"), "restart.*did you mean 'warm'"),
+        (lambda: von_mises_fisher(8, max_concentration=0.0), "max_concentration: expected a positive number, got 0.0"),
+        (lambda: von_mises_fisher(8, concentration="share"), "concentration.*did you mean 'shared'"),
+        (lambda: variational(8, prior=0.0), "variational, prior: expected a positive number, got 0.0"),
+        (lambda: queue_sinkhorn(8, temperature=-1.0), "queue_sinkhorn, temperature: expected a positive number"),
+        (lambda: coupled(8, coupling=1.5), r"coupled, coupling: expected a number in \[0, 1\], got 1.5"),
+        (
+            lambda: with_coupling(frozen(8), 0.5).init(jax.random.key(0), SPEC),
+            r"state has components/mean.*\['prototypes'\]",
+        ),
         (lambda: learned(8, features="units"), r"features.*did you mean 'unit'"),
         (lambda: with_logit_center(frozen(8), 1.5), r"momentum: expected a number in \[0, 1\]"),
     ],

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from protojax.api import Codebook, Evaluation, FeatureBank, Probe, SourceSpec
-from protojax.evals.evaluations import audit_evaluation, clustering_evaluation, knn_evaluation, rank_evaluation
+from protojax.evals.evaluations import (
+    audit_evaluation,
+    clustering_evaluation,
+    geometry_evaluation,
+    knn_evaluation,
+    rank_evaluation,
+    views_split,
+)
+from protojax.evals.table import EVALUATIONS, Setting, make_evaluations
 
 CLASSES = {"fine": tuple("abcdef"), "coarse": ("x", "y")}
 
@@ -27,7 +35,17 @@ FACTORIES = {
     "prototypes": lambda: audit_evaluation(),
     "rank": lambda: rank_evaluation(),
     "clustering": lambda: clustering_evaluation(SPECS, label_keys=("fine", "coarse")),
+    "geometry": lambda: geometry_evaluation(views=3, images=20),
 }
+SETTING = Setting(SPECS, ("fine",), GROUPS, ks=(1, 20))
+SHORT = {"linear": {"steps": 10, "batch_size": 16, "learning_rates": (0.1,), "decays": (0.0,)}}
+
+
+def named(name: str):
+    return lambda: make_evaluations({name: SHORT.get(name, {})}, SETTING)[0]
+
+
+FACTORIES |= {name: named(name) for name in EVALUATIONS if name not in FACTORIES}
 
 
 def bank(seed: int, size: int, order: np.ndarray | None = None) -> FeatureBank:
@@ -42,7 +60,10 @@ def bank(seed: int, size: int, order: np.ndarray | None = None) -> FeatureBank:
 
 
 def probe(banks=None, **changes) -> Probe:
-    banks = {"bank": bank(0, 120), "test": bank(1, 48)} if banks is None else banks
+    banks = {"bank": bank(0, 120), "test": bank(1, 48)} if banks is None else dict(banks)
+    seen = np.random.default_rng(6).standard_normal((20, 3, 8)).astype(np.float32)
+    some = {"views/image": seen, "views/backbone": seen + 1.0}
+    banks[views_split("bank", 20, 3, 0)] = bank(0, 20)._replace(extra=some)
     rows = np.random.default_rng(5).standard_normal((24, 8)).astype(np.float32)
     info = {"center": np.full(8, 0.1, np.float32), "usage": np.full(24, 1 / 24, np.float32)}
     return Probe(7, banks.__getitem__, SPECS, Codebook(rows, np.zeros(24, np.float32)), info, {})._replace(**changes)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from protojax.api import Codebook, EstimatorSpec
-from protojax.estimators import balanced, capi, learned, mixture, with_logit_center
-from protojax.objectives import carp, check_inputs, combine, dino, input_names, koleo_proto
+from protojax.estimators import balanced, capi, coupled, learned, mixture, queue_sinkhorn, with_logit_center
+from protojax.objectives import carp, check_inputs, combine, dino, input_names, koleo_proto, swav
 
 V, T, B, D, K = 4, 2, 6, 8, 12
 SPEC = EstimatorSpec(dim=D, rows=T * B, total_steps=10)
@@ -19,6 +19,7 @@ BUILDERS = {
     "carp": lambda: carp(block=4),
     "carp_unit": lambda: carp(block=6, temperature=0.2, teacher_temperature=0.1),
     "dino": lambda: dino(total_steps=10),
+    "swav": lambda: swav(),
     "koleo": lambda: koleo_proto(tile=5),
     "combined": lambda: combine(
         main=(1.0, carp(block=4)), spread=(("linear", 0.1, 0.0), koleo_proto()), total_steps=10
@@ -115,6 +116,8 @@ def test_prototypes_get_gradient_when_joint_and_exactly_none_when_decoupled(name
     for estimator, joint in [
         (learned(K), True),
         (capi(K), True),
+        (queue_sinkhorn(K), True),
+        (coupled(K, start="random"), True),
         (mixture(K, start="random"), False),
         (with_logit_center(balanced(K, start="random")), False),
     ]:

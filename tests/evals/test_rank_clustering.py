@@ -125,6 +125,15 @@ def test_hungarian_equals_enumeration_of_matchings():
     assert purity(labels, assignment) == pytest.approx(majority / len(labels))
 
 
+def test_shuffled_labels_are_at_chance():
+    """The adjusted index has mean 0 over permutations: within 5 standard errors of 200 of them, unbalanced too."""
+    rng = np.random.default_rng(0)
+    for case in ("related", "unbalanced"):
+        labels, assignment = CASES[case]
+        found = [adjusted_rand_index(rng.permutation(labels), assignment) for _ in range(200)]
+        assert abs(np.mean(found)) < 5 * np.std(found, ddof=1) / np.sqrt(200)
+
+
 def test_renaming_changes_nothing_and_is_perfect():
     assert list(clustering_scores(*CASES["renamed"]).values()) == pytest.approx([1.0] * 4, abs=1e-15)
 

@@ -1,0 +1,30 @@
+"""Mixture of prompts on real images: Fashion-MNIST pixels, 3 superclasses whose members are hidden modes.
+
+    protojax train --config=prompts_fashion --config.data.root=fashion_mnist_28.npz
+    protojax train --config=prompts_fashion:original ...   # the published recipe behind a synthetic modality gap
+
+Without a text tower the base is the class mean; the failing arms need the gap and set base='gap' (docs/prompts.md).
+"""
+
+from ml_collections import ConfigDict
+
+from protojax import experiment
+from protojax.config import component, parse_argument
+from protojax.workloads import prompts_arms
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    arm, flags = parse_argument(argument, prompts_arms.ARMS)
+    c = experiment.defaults("prompts")
+    c.name = "prompts_fashion"
+    c.data.source = component("fashion_superclasses", base="gap", train=600, test=200)
+    c.data.batch_size = 64
+    c.method.epochs = 15.0
+    prompts_arms.apply(arm, c)
+    if "smoke" in flags:
+        c.method.epochs, c.method.steps = 0.0, 2
+        c.data.source.train = c.data.source.test = 8
+        c.data.batch_size = 8
+        c.evals.every = c.run.checkpoint_every = 1.0
+        c.run.steps_per_call = 1
+    return experiment.fill(c)

@@ -1,0 +1,32 @@
+"""Mixture of prompts on real photographs: the embedded Grocery Store set, 43 coarse classes, 81 fine ones as modes.
+
+    protojax train --config=prompts_quickstart              # K = 8, base = class mean (no text tower is at hand)
+    protojax train --config=prompts_quickstart:fine         # 81 fine classes, with the coarse level in the table
+    protojax train --config=prompts_quickstart:smoke
+
+The features are unit pixels: a floor, good for seeing what sub-prompts claim. With a feature cache of a real tower use
+`data.source = component('cache')`, see docs/prompts.md.
+"""
+
+from ml_collections import ConfigDict
+
+from protojax import experiment
+from protojax.config import component, parse_argument
+from protojax.workloads import prompts_arms
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    arm, flags = parse_argument(argument, prompts_arms.ARMS, ("smoke", "fine"))
+    c = experiment.defaults("prompts")
+    c.name = "prompts_quickstart"
+    label, side = ("fine" if "fine" in flags else "coarse"), (8 if "smoke" in flags else 16)
+    c.data.source = component("grocery", label=label, base="class_mean", side=side)
+    c.data.batch_size = 64
+    prompts_arms.apply(arm, c)
+    if "smoke" in flags:
+        c.method.epochs, c.method.steps = 0.0, 2
+        c.method.prompts.num_prompts = 2
+        c.data.batch_size = 8
+        c.evals.every = c.run.checkpoint_every = 1.0
+        c.run.steps_per_call = 1
+    return experiment.fill(c)

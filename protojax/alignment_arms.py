@@ -1,0 +1,112 @@
+"""The arms of the alignment experiments: what differs between them is a line each.
+
+perceiver: a resampler over the image tokens (default). direct: project and attention-pool. The suspects of the
+published failure, which are none: latent_std_one, latent_std_width, attention_pool, batch64, shared_norm. The cause:
+bos_*. Further failing arms are honest controls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_collections
+
+Change = Callable[[ml_collections.ConfigDict], None]
+
+
+def _aligner(**options: object) -> Change:
+    def change(c: ml_collections.ConfigDict) -> None:
+        for name, value in options.items():
+            c.method.alignment[name] = value
+
+    return change
+
+
+def _both(*changes: Change) -> Change:
+    def change(c: ml_collections.ConfigDict) -> None:
+        for one in changes:
+            one(c)
+
+    return change
+
+
+def _batch(size: int) -> Change:
+    def change(c: ml_collections.ConfigDict) -> None:
+        c.data.batch_size = size
+
+    return change
+
+
+def _optim(**options: object) -> Change:
+    def change(c: ml_collections.ConfigDict) -> None:
+        for name, value in options.items():
+            c.method.optim[name] = value
+
+    return change
+
+
+def _preset(name: str) -> Change:
+    def change(c: ml_collections.ConfigDict) -> None:
+        if c.data.source.name == "synthetic_pairs":
+            c.data.source.preset = name
+
+    return change
+
+
+_BOS = _aligner(text_pool="bos", failing_arm=True)
+_DIRECT = _aligner(image_path="direct")
+
+ARMS: dict[str, Change] = {
+    "perceiver": lambda c: None,
+    "direct": _DIRECT,
+    "class_token": _aligner(image_path="class_token"),
+    "token_mean": _aligner(image_path="token_mean"),
+    "mean_text": _aligner(text_pool="mean"),
+    "latent_std_one": _aligner(latent_init_std=1.0),
+    "latent_std_width": _aligner(latent_init_std=128**-0.5),
+    "attention_pool": _aligner(latent_pool="attention"),
+    "multihead_pool": _aligner(latent_pool="multihead"),
+    "self_attention": _aligner(latent_self_attention=True),
+    "shared_norm": _aligner(shared_norm=True),
+    "batch64": _batch(64),
+    "batch256": _batch(256),
+    "lr_low": _optim(peak_lr=2e-4),
+    "lr_middle": _optim(peak_lr=5e-4),
+    "prefix_single": _aligner(prefix_mode="single"),
+    "prefix_sum": _aligner(prefix_mode="sum"),
+    "learned_temperature": _aligner(temperature_mode="learned"),
+    "sigmoid": _aligner(loss="sigmoid", temperature_mode="learned", temperature=0.1),
+    "bos_perceiver": _BOS,
+    "bos_direct": _both(_BOS, _DIRECT),
+    "bos_batch64": _both(_BOS, _batch(64)),
+    "bos_direct_batch64": _both(_BOS, _DIRECT, _batch(64)),
+    "constant_image": _aligner(constant_image=True),
+    "unmasked_mean": _both(_aligner(text_pool="unmasked_mean", failing_arm=True), _preset("long")),
+    "frozen_resampler": _optim(frozen=("resampler",)),
+    "prefix_none": _aligner(prefix_mode="none", contrastive_weight=1.0),
+    "lr_zero": _optim(peak_lr=0.0),
+    "shuffled_pairs": _aligner(shuffled_pairs=True),
+    "unclamped_cosine": _optim(planned_fraction=0.5, clamped=False),
+}
+
+
+def apply(c: ml_collections.ConfigDict, arm: str) -> None:
+    """Changes a filled or unfilled configuration into its arm."""
+    c.arm = arm
+    ARMS[arm](c)
+
+
+def smoke(c: ml_collections.ConfigDict) -> None:
+    """Two steps on tiny sizes: to see that everything runs."""
+    c.name += "_smoke"
+    c.method.epochs = 0.0
+    c.method.steps = 2
+    c.data.batch_size = c.evals.batch_size = 16
+    c.evals.every = 1.0
+    c.run.checkpoint_every = 1.0
+    for name, value in {
+        "width": 32, "prefix_dims": (32, 16, 8), "num_latents": 4, "latent_width": 16, "depth": 1, "heads": 2
+    }.items():  # fmt: skip
+        c.method.alignment[name] = value
+    if c.data.source.name == "synthetic_pairs":
+        c.data.source.size, c.data.source.test_size = 64, 32

@@ -1,0 +1,107 @@
+"""The arms of the prompt experiments: what each changes in the default, in one place.
+
+The default has the class-mean-centred E-step, the usage price and the plus-plus start. `original` is the published
+recipe, which has none of them; the six published remedies are added to it one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+
+from protojax.config import suggest
+
+Change = Callable[[ml_collections.ConfigDict], None]
+
+
+def _set(**options: Any) -> Change:
+    """Options of `config.method.prompts`."""
+
+    def change(c: ml_collections.ConfigDict) -> None:
+        for key, value in options.items():
+            c.method.prompts[key] = value
+
+    return change
+
+
+def _all(*changes: Change) -> Change:
+    def change(c: ml_collections.ConfigDict) -> None:
+        for one in changes:
+            one(c)
+
+    return change
+
+
+def _base(kind: str) -> Change:
+    def change(c: ml_collections.ConfigDict) -> None:
+        c.data.source.base = kind
+
+    return change
+
+
+def _untrained(c: ml_collections.ConfigDict) -> None:
+    """A learning rate at which nothing moves: the control without training, in the same loop."""
+    c.method.optim.peak_lr = 1e-12
+    c.method.epochs, c.method.steps = 0.0, 2
+
+
+ORIGINAL = _set(offset_init="normal", offset_std=0.01, e_step_centre="none", balance="none")
+
+ARMS: dict[str, Change] = {
+    "default": _all(),
+    # the published recipe, and its remedies one by one
+    "original": ORIGINAL,
+    "original_k8": _all(ORIGINAL, _set(num_prompts=8)),
+    "original_k32": _all(ORIGINAL, _set(num_prompts=32)),
+    "diversity_20": _all(ORIGINAL, _set(diversity_weight=20.0)),
+    "tau_end_0.3": _all(ORIGINAL, _set(tau_end=0.3)),
+    "entropy_live": _all(ORIGINAL, _set(entropy_weight=1.0)),
+    "offset_penalty_0": _all(ORIGINAL, _set(offset_penalty=0.0)),
+    "orthogonal": _all(ORIGINAL, _set(offset_init="orthogonal")),
+    "minimum_distance": _all(ORIGINAL, _set(diversity_weight=20.0, diversity_form="hinge", diversity_margin=0.5)),
+    "original_fixed": _all(ORIGINAL, _set(diversity_weight=2.8, tau_end=0.3, entropy_weight=0.01)),
+    # failures on purpose
+    "entropy_stopped": _all(
+        ORIGINAL, _set(entropy_weight=1.0, regulariser_gradient="stopped", allow_dead_terms=True)
+    ),
+    "repository_final": _all(
+        ORIGINAL,
+        _set(diversity_weight=20.0, entropy_weight=8.0, min_usage_weight=15.0, min_usage_threshold=0.1,
+             mixture_weight=0.2, tau_start=6.0, tau_end=3.0, regulariser_gradient="stopped", allow_dead_terms=True),
+    ),
+    "zero_init": _all(ORIGINAL, _set(offset_init="zero")),
+    "tau_fixed_1": _all(ORIGINAL, _set(tau_schedule="constant", tau_start=1.0)),
+    "lambda_0": _all(ORIGINAL, _set(mixture_weight=0.0)),
+    # parts of the cure
+    "centre_only": _all(ORIGINAL, _set(e_step_centre="class")),
+    "centre_global": _all(ORIGINAL, _set(e_step_centre="global")),
+    "price_only": _all(ORIGINAL, _set(balance="price")),
+    "plus_plus_only": _all(ORIGINAL, _set(offset_init="plus_plus")),
+    "centre_price": _set(offset_init="normal"),
+    "centre_plus_plus": _set(balance="none"),
+    "sinkhorn": _set(balance="sinkhorn"),
+    "text_shifted": _all(ORIGINAL, _base("text_shifted")),
+    "class_mean": _all(ORIGINAL, _base("class_mean")),
+    # variants of the default
+    "hard": _set(hard_assignment=True),
+    "lse": _set(cls_pool="lse"),
+    "tau_geometric": _set(tau_schedule="geometric"),
+    "online_em": _set(offsets="online_em"),
+    # controls
+    "uniform_plan": _set(uniform_plan=True),
+    "single_prompt": _set(num_prompts=1),
+    "random_control": _all(ORIGINAL, _untrained),
+    "initialised_control": _untrained,
+}  # fmt: skip
+
+REMEDIES = ("diversity_20", "tau_end_0.3", "entropy_live", "offset_penalty_0", "orthogonal", "minimum_distance")
+
+
+def apply(arm: str, cfg: ml_collections.ConfigDict) -> None:
+    """Turn a configuration of the default into one of an arm. Raises ValueError for an unknown name."""
+    if arm not in ARMS:
+        raise ValueError(f"unknown arm {arm!r}{suggest(arm, ARMS)}. Known: {list(ARMS)}.")
+    cfg.arm = arm
+    ARMS[arm](cfg)
