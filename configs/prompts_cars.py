@@ -1,6 +1,7 @@
 """Mixture of prompts on Stanford Cars (196 classes, about 33 training images each), from a feature cache.
 
     protojax train --config=prompts_cars --config.data.root=features_cars.npz
+    protojax train --config=prompts_cars:original --config.data.root=features_cars.npz   # the published recipe
 
 The cache (.npz) holds image, label, base, class_names, split and optional level_NAME arrays: docs/prompts.md.
 """

@@ -1,6 +1,7 @@
 """Mixture of prompts on iNaturalist (10,000 species and their genus, family and order), from a feature cache.
 
     protojax train --config=prompts_inat --config.data.root=features_inat.npz
+    protojax train --config=prompts_inat:original --config.data.root=features_inat.npz   # the published recipe
 
 The cache (.npz) holds image, label, base, class_names, split and optional level_NAME arrays: docs/prompts.md.
 """

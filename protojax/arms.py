@@ -47,10 +47,8 @@ def _dino(c: ml_collections.ConfigDict) -> None:
 
 
 def _swav(c: ml_collections.ConfigDict) -> None:
-    """SwAV's loss, unit features and balanced targets: over the estimator's queue if it has one, or the batch."""
-    center = c.method.logit_center
-    _dino(c)
-    c.method.logit_center = center
+    """SwAV's loss on unit features, with balanced targets: over the estimator's queue if it has one, or the batch."""
+    c.method.estimator.features = "unit"
     own = c.method.estimator.name == "queue_sinkhorn"
     c.method.objective = ml_collections.ConfigDict({"swav": {"weight": 1.0, "iterations": 0 if own else 3}})
 

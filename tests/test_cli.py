@@ -171,7 +171,7 @@ def test_the_traceback_is_there_on_request(monkeypatch, capsys):
         ([SMOKE, "--config.method.epochs=2"], ["set exactly one of epochs and steps, got 2.0 and 2"]),
         ([SMOKE, "--config.method.estimator.name=mixtur"], ["unknown estimator 'mixtur' (did you mean 'mixture'?)"]),
         ([SMOKE, "--config.method.backbone.name=resnet-18"], ["unknown backbone 'resnet-18' (did you mean 'resnet18'"]),
-        ([SMOKE, "--config.method.workload=prompts"], ["unknown workload 'prompts'", "'prototypes'"]),
+        ([SMOKE, "--config.method.workload=promts"], ["unknown workload 'promts'", "'prototypes'"]),
         ([SMOKE, "--config.data.source.name=sinthetic"], ["unknown data set 'sinthetic'; did you mean 'synthetic'?"]),
         ([SMOKE, "--config.method.head={'name': 'carp', 'widht': 3}"], ["head 'carp' has no option 'widht'"]),
         ([SMOKE, "--config.method.head={'name': 'carp', 'dim': 'big'}"], ["'dim': expected int", "got str 'big'"]),

@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_said_before_anything_is_computed(tmp_path):
     made = recipe()
     bad = made._replace(estimator=made.estimator._replace(update=growing))
     loss = lambda p, i: (0.0 * i["student"]["text"][0, 0], {"loss": once(0.0, i["mask"])})  # noqa: E731
-    bad = bad._replace(objective=Objective(frozenset(), nothing_learned, loss))
+    bad = bad._replace(objective=Objective(frozenset(), made.objective.init, loss))
     with pytest.raises(TypeError, match=r"changes estimator/shared/mean: float32 \[3\] becomes float32 \[4\]"):
         train.run(bad, options(tmp_path))
     assert not (tmp_path / "checkpoints").exists()

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from protojax import experiment, metrics, parallel, train
@@ -224,9 +225,9 @@ def steps_on_mesh(recipe, state, data, proto, steps=5):
     shardings = parallel.state_shardings(mesh, state)
     seen = {}
 
-    def update(gradient, opt, params):
+    def update(gradient, opt, params, **extra):
         seen["gradient"] = gradient
-        return recipe.optimizer.update(gradient, opt, params)
+        return optax.with_extra_args_support(recipe.optimizer).update(gradient, opt, params, **extra)
 
     spying = recipe._replace(optimizer=recipe.optimizer._replace(update=update))
 

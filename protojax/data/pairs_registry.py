@@ -32,7 +32,8 @@ def opener(name: str) -> tuple[Callable[..., Pairs], tuple[str, ...]]:
 
         if name.startswith("tfds_captions:"):
             return open_tfds_captions, (name.removeprefix("tfds_captions:"),)
-        return {"captions": open_captions, "tar_shards": open_tar_shards}[name], ()
+        files: dict[str, Callable[..., Pairs]] = {"captions": open_captions, "tar_shards": open_tar_shards}
+        return files[name], ()
     if name not in OPEN:
         known = [*OPEN, "captions", "tar_shards", "tfds_captions:NAME"]
         raise ValueError(f"unknown image-text data {name!r}{_nearest(name, known)}")

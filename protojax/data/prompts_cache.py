@@ -193,8 +193,8 @@ def _without(cache: FeatureCache, dropped: set[int]) -> FeatureCache:
     return cache._replace(
         splits=splits,
         base=None if cache.base is None else cache.base[kept],
-        class_names=tuple(cache.class_names[c] for c in kept.tolist()),
-        levels={k: tuple(v[c] for c in kept.tolist()) for k, v in cache.levels.items()},
+        class_names=tuple(cache.class_names[int(c)] for c in kept),
+        levels={k: tuple(v[int(c)] for c in kept) for k, v in cache.levels.items()},
     )
 
 

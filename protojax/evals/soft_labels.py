@@ -154,7 +154,7 @@ def _distinct(targets: np.ndarray, predictions: np.ndarray, group: np.ndarray | 
 
 def _spread(targets: np.ndarray, predictions: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:
     stds, wanted = predictions.std(axis=0), targets.std(axis=0)
-    out: dict[str, Any] = {"largest": float(np.max(stds)), "target": float(wanted.max()),
+    out: dict[str, Any] = {"largest": float(np.max(stds)), "target": float(np.max(wanted)),
                            "ratio": float(stds.mean() / max(wanted.mean(), 1e-12))}  # fmt: skip
     if group is not None:
         # Groups of one have no spread of their own. Root mean square, as variances add.

@@ -138,7 +138,7 @@ def prepare(config: Config, train: Table) -> Preparation | None:
         impute=data.impute,
     )  # fmt: skip
     stds = np.asarray(list(preparation.std.values()) or [1.0])
-    ratio = stds.max() / max(np.median(stds), 1e-12)
+    ratio = float(np.max(stds)) / max(float(np.median(stds)), 1e-12)
     if data.standardise == "none" and ratio > WIDE and config.arm == "default":
         widest = max(preparation.std, key=lambda name: preparation.std[name])
         logger.warning("data.standardise='none' with a column (%s) %.3g times as wide as the median one: this is the "

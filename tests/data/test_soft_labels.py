@@ -216,8 +216,8 @@ def test_a_csv_becomes_splits_without_a_shared_group(tmp_path):
 
 
 def test_parquet_and_npz_read_the_same(tmp_path):
-    pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     path = write_csv(tmp_path / "places.csv")
     read = lib.read_columns(path)

@@ -74,10 +74,11 @@ def test_named_sets_open_with_their_labels(tmp_path, name, classes, labels):
 
 
 def test_the_inat_recipe_builds_unchanged_on_mocked_data(tmp_path):
-    """ResNet-50, 65,536 prototypes, batch 1,024: everything but `data.root` as published; nothing is compiled."""
+    """ResNet-50, 65,536 prototypes, batch 1,024: as published but for `data.root`, and k of k-NN for so few images;
+    nothing is compiled."""
     write_metadata(tmp_path, "i_naturalist2018", ("train", "validation"))
     c = config_dict("inat")
-    c.data.root = str(tmp_path)
+    c.data.root, c.evals.knn_k = str(tmp_path), (5,)
     with mocked(tmp_path):
         recipe = experiment.build(freeze(c))
         batch = recipe.sources["train"].batch(0)

@@ -16,7 +16,6 @@ CAPTIONS = ["a red apple", "a green apple on a table", "two submarines", "a red 
 
 @pytest.fixture
 def trained():
-    pytest.importorskip("tokenizers", reason="an optional package: pip install tokenizers")
     return tokens.train_tokenizer(CAPTIONS, 320)
 
 

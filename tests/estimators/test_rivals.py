@@ -73,11 +73,12 @@ def test_a_full_batch_at_rate_one_is_a_sweep_of_lloyd_and_periodic_kmeans_makes_
     rows = planted(3, noise=0.5)
     online = spherical_kmeans(7, rate=1.0, center=False, start="random")
     S, step = online.init(key, SPEC), stepper(online)
-    first = np.asarray(S["components"]["mean"], np.float64)
+    first = unit_rows(np.random.default_rng(43).normal(size=(7, D)))
+    S = {**S, "components": {**S["components"], "mean": jnp.asarray(first, jnp.float32)}}
     for i in range(3):
         S, info = step(S, rows_of(rows), i)
     expected, lead = lloyd(first, rows.astype(np.float64), 3)
-    assert lead > 1e-3  # what the hard assignment resolves
+    assert lead > 0.01  # what the hard assignment resolves
     np.testing.assert_allclose(S["components"]["mean"], expected, atol=1e-4)
     assert 0.0 < float(info["estimator/own_cosine"][0]) / N <= 1.0
 
@@ -94,7 +95,9 @@ def test_a_full_batch_at_rate_one_is_a_sweep_of_lloyd_and_periodic_kmeans_makes_
 def test_at_rate_zero_the_means_are_those_of_all_rows_that_a_prototype_ever_won(key):
     """MacQueen: steps 1 / count, in whatever batches the rows come."""
     estimator = spherical_kmeans(5, rate=0.0, center=False, start="random")
-    S, step, rng = estimator.init(key, SPEC), stepper(estimator), np.random.default_rng(1)
+    S, step, rng = estimator.init(key, SPEC), stepper(estimator), np.random.default_rng(178)
+    first = jnp.asarray(unit_rows(rng.normal(size=(5, D))), jnp.float32)
+    S = {**S, "components": {**S["components"], "mean": first}}
     sums, counts = np.zeros((5, D)), np.zeros(5)
     for i in range(4):
         rows = unit_rows(rng.normal(size=(N, D)))
@@ -102,8 +105,8 @@ def test_at_rate_zero_the_means_are_those_of_all_rows_that_a_prototype_ever_won(
         np.add.at(sums, nearest, rows)
         counts += np.bincount(nearest, minlength=5)
         S, _ = step(S, rows_of(rows), i)
-    np.testing.assert_allclose(S["components"]["count"], counts, atol=1e-2)
-    np.testing.assert_allclose(S["components"]["mean"], sums / counts[:, None], atol=2e-3)
+    np.testing.assert_allclose(S["components"]["count"], counts, atol=1e-3)
+    np.testing.assert_allclose(S["components"]["mean"], sums / counts[:, None], atol=1e-4)
 
 
 def test_periodic_kmeans_finds_the_groups_again_from_rows_of_its_memory(key):
@@ -149,40 +152,41 @@ def test_the_closed_normaliser_is_near_the_bessel_function_and_belongs_to_the_co
 
 
 def test_planted_directions_weights_and_concentrations_are_recovered(key):
-    """Groups of 3:1:1:1 rows, the first twice as wide: full-batch EM at eta = 1."""
+    """Groups of 3:1:1:1 rows, the first twice as wide; EM on all rows from one row of each group."""
     rng = np.random.default_rng(2)
     which = np.repeat(np.arange(GROUPS), [60, 20, 20, 20])
     noise = np.where(which == 0, 0.2, 0.1)[:, None]
     rows = unit_rows(np.eye(D)[which] + noise * rng.normal(size=(120, D)))
     estimator = von_mises_fisher(GROUPS, concentration="each", center=False, eta=0.9)
-    S = jax.jit(estimator.start)(estimator.init(key, SPEC), rows_of(rows), key)
+    S = estimator.init(key, SPEC)
+    S["components"]["mean"] = jnp.asarray(0.9 * rows[[0, 60, 80, 100]], jnp.float32)
     step, likelihoods = stepper(estimator), []
     for i in range(15):
         S, info = step(S, rows_of(rows), i)
         likelihoods.append(float(info["estimator/log_likelihood"][0]))
     prototypes = np.asarray(estimator.codebooks(S, {})[0].prototypes)
-    order = (np.eye(D)[:GROUPS] @ prototypes.T).argmax(1)
-    assert sorted(order) == list(range(GROUPS))
+    assert np.diag(np.eye(D)[:GROUPS] @ prototypes.T).min() > 0.98
     sums = np.stack([rows[which == g].mean(0) for g in range(GROUPS)])
-    np.testing.assert_allclose(np.asarray(S["components"]["mean"])[order], sums, atol=0.02)
-    np.testing.assert_allclose(np.exp(np.asarray(S["components"]["log_weight"]))[order], [0.5, *[1 / 6] * 3], atol=0.01)
+    np.testing.assert_allclose(S["components"]["mean"], sums, atol=0.02)
+    np.testing.assert_allclose(np.exp(np.asarray(S["components"]["log_weight"])), [0.5, *[1 / 6] * 3], atol=0.01)
     assert likelihoods[-1] > likelihoods[0]
 
 
 # ------------------------------------------------------------------------------------------ variational Bayes
 def test_a_small_prior_prunes_components_that_the_data_do_not_need_and_a_large_one_keeps_them(key):
-    """Four groups, twelve components: which of them hold weight at the end."""
+    """Four groups, twelve components, new rows at every step (the same ones again can be learned by heart): which
+    components hold weight at the end, and that every group has one of them."""
     alive = {}
     for prior in (1e-3, 100.0):
-        estimator = variational(12, prior=prior, population=N, eta=0.5, center=False)
+        estimator = variational(12, prior=prior, population=N, eta=0.3, center=False)
         S = jax.jit(estimator.start)(estimator.init(key, SPEC), rows_of(planted(noise=0.2)), key)
         step = stepper(estimator)
-        for i in range(150):
-            S, info = step(S, rows_of(planted(noise=0.2)), i)
+        for i in range(120):
+            S, info = step(S, rows_of(planted(i, noise=0.2)), i)
         shares = np.exp(np.asarray(S["components"]["log_weight"]))
         alive[prior] = int((shares > 1e-3).sum())
-        held = (np.eye(D)[:GROUPS] @ np.asarray(estimator.codebooks(S, {})[0].prototypes)[shares > 1e-3].T).max(1)
-        assert held.min() > 0.95, prior  # every group has one
+        held = np.asarray(estimator.codebooks(S, {})[0].prototypes)[shares > 1e-3]
+        assert (np.eye(D)[:GROUPS] @ held.T).max(1).min() > 0.95, prior
     assert alive[1e-3] == GROUPS
     assert alive[100.0] == 12
     assert np.isfinite(float(info["estimator/kept"][0]))
