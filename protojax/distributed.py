@@ -201,7 +201,7 @@ def join(cluster: Cluster, facts: Mapping[str, Any], timeout: float = 300, lost_
 
 
 def _cpu() -> bool:
-    return (jax.config.jax_platforms or "").startswith("cpu")
+    return str(getattr(jax.config, "jax_platforms", None) or "").startswith("cpu")
 
 
 def _gloo() -> None:

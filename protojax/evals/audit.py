@@ -170,7 +170,7 @@ def check_prototypes(prototypes: np.ndarray) -> np.ndarray:
     """Prototypes [K,D] as floating-point rows that all have a direction. Raises ValueError where one is zero or not
     finite."""
     prototypes = check_rows(prototypes, "prototypes")
-    zero = ~prototypes.any(axis=1)
+    zero = ~np.any(prototypes, axis=1)
     if zero.any():
         raise ValueError(
             f"prototypes: {int(zero.sum())} of {len(zero)} rows are zero (first: row {int(np.argmax(zero))}); a zero "
