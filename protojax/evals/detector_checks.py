@@ -60,7 +60,8 @@ def inert_term(history: History, t: Thresholds) -> Seen:
     count = int(t["records"])
     prompts = history.last("prompts/count") is not None
     share, notice = (t["prompts_share"], {"severity": "notice"}) if prompts else (t["share"], {})
-    total = {p.step: p.value for p in history.finite("grad_norm")[-count:]}
+    # All points: terms are probed at evaluations alone, the total is logged far more often.
+    total = {p.step: p.value for p in history.finite("grad_norm")}
     for term, points in _terms(history):
         tail = [(p.step, p.value / total[p.step]) for p in points[-count:] if total.get(p.step, 0.0) > 0.0]
         if len(tail) == count and all(0.0 < ratio < share for _, ratio in tail):
@@ -70,10 +71,13 @@ def inert_term(history: History, t: Thresholds) -> Seen:
 
 def dead_parameter(history: History, t: Thresholds) -> Seen:
     """A named part of the parameters whose gradient norm 'gradient/NAME' is exactly 0 for `steps` steps up to now,
-    while that of another part is not."""
+    while that of another part is not. In alignment runs a row of its own names what never had one."""
     names = history.names("gradient/")
     dead = []
     for name in names:
+        first = history.series(name)[0]
+        if history.finite("loss/above_chance") and first.step <= 1 and first.value == 0.0:
+            continue
         since = history.since("no gradient", name, lambda value: value == 0.0)
         if since is not None and history.series(name)[-1].step - since >= t["steps"]:
             dead.append((name.removeprefix("gradient/"), since))

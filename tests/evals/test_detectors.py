@@ -164,6 +164,26 @@ def test_every_detector_has_a_planted_failure_and_every_threshold_a_reason():
         assert detector not in GENERAL or all(len(t.reason) > 10 for t in detector.thresholds.values())
 
 
+def test_an_inert_term_is_seen_though_the_total_is_logged_between_the_probes():
+    """Terms are probed at evaluations (here every 80 steps), the total gradient is logged every 10."""
+    records = []
+    for step in range(10, 401, 10):
+        probe = {"grad_norm/koleo": 1e-12, "grad_norm/carp": 1.0, "weight/koleo": 1.0} if step % 80 == 0 else {}
+        records.append(train(step, **probe))
+    found = [f for f in diagnose(records) if f["detector"] == "inert_term"]
+    assert found
+    assert "koleo" in found[0]["evidence"]
+
+
+def test_a_part_without_gradient_is_named_once_in_alignment_runs():
+    """They have a row of their own for what is 0 from the first step; what dies later is left to the general one."""
+    numbers = {"gradient/a": 0.0, "gradient/b": 1.0, "loss/above_chance": -1.0}
+    records = [train(s, **numbers) for s in (1, *range(10, 401, 10))]
+    assert [f["severity"] for f in diagnose(records) if f["detector"] == "dead_parameter"] == ["error"]
+    records[0]["metrics"]["gradient/a"] = 1.0
+    assert [f["severity"] for f in diagnose(records) if f["detector"] == "dead_parameter"] == ["warning"]
+
+
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_failure_fires_with_its_sentence(name):
     findings = {f["detector"]: f for f in diagnose(PLANTED[name]())}
