@@ -24,16 +24,7 @@ def get_config(argument: str = "") -> ConfigDict:
     c.data.batch_size = BATCH
     c.data.test_split = "validation"
     c.method.epochs = float(EPOCHS)
-    c.method.dtype = "bfloat16"
-    c.method.backbone = component("resnet50", stem="imagenet")
-    c.method.head = component("carp")
-    c.method.views = component("carp")
-    c.method.estimator = component("mixture", components=PROTOTYPES, features="raw")
-    c.method.objective = ConfigDict({"carp": {"block": 512}})
-    c.method.optim = component("lars", peak_lr=0.45 * BATCH / 256, end_lr=0.0048, weight_decay=1e-6)
-    c.method.teacher.start = 0.99
-    c.run.log_every = 50
-    c.run.checkpoint_every = 0.01
+    arms.published_carp(c, PROTOTYPES)
     arms.apply(c, arm)
     if "smoke" in flags:
         arms.smoke(c)

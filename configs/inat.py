@@ -29,16 +29,7 @@ def get_config(argument: str = "") -> ConfigDict:
         f"tfds:i_naturalist{year}", canvas=256, fit="whole"
     )  # fmt: skip
     c.method.epochs = float(EPOCHS)
-    c.method.dtype = "bfloat16"
-    c.method.backbone = component("resnet50", stem="imagenet")
-    c.method.head = component("carp")
-    c.method.views = component("carp")
-    c.method.estimator = component("mixture", components=PROTOTYPES, features="raw")
-    c.method.objective = ConfigDict({"carp": {"block": 512}})
-    c.method.optim = component("lars", peak_lr=0.45 * BATCH / 256, end_lr=0.0048, weight_decay=1e-6)
-    c.method.teacher.start = 0.99
-    c.run.log_every = 50
-    c.run.checkpoint_every = 0.01
+    arms.published_carp(c, PROTOTYPES)
     for flag, name in BACKBONES.items():
         if flag in flags:
             c.name += f"_{flag}"

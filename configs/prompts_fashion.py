@@ -22,9 +22,6 @@ def get_config(argument: str = "") -> ConfigDict:
     c.method.epochs = 15.0
     prompts_arms.apply(arm, c)
     if "smoke" in flags:
-        c.method.epochs, c.method.steps = 0.0, 2
+        prompts_arms.smoke(c)
         c.data.source.train = c.data.source.test = 8
-        c.data.batch_size = 8
-        c.evals.every = c.run.checkpoint_every = 1.0
-        c.run.steps_per_call = 1
     return experiment.fill(c)

@@ -24,9 +24,6 @@ def get_config(argument: str = "") -> ConfigDict:
     c.data.batch_size = 64
     prompts_arms.apply(arm, c)
     if "smoke" in flags:
-        c.method.epochs, c.method.steps = 0.0, 2
+        prompts_arms.smoke(c)
         c.method.prompts.num_prompts = 2
-        c.data.batch_size = 8
-        c.evals.every = c.run.checkpoint_every = 1.0
-        c.run.steps_per_call = 1
     return experiment.fill(c)

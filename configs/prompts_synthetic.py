@@ -26,10 +26,7 @@ def get_config(argument: str = "") -> ConfigDict:
     c.method.prompts.num_prompts = PRESETS[preset].prompts
     prompts_arms.apply(arm, c)
     if "smoke" in flags:
-        c.method.epochs, c.method.steps = 0.0, 2
-        c.data.batch_size = 8
+        prompts_arms.smoke(c)
         c.data.source.classes, c.data.source.train, c.data.source.test = 4, 16, 16
         c.data.source.width = 32
-        c.evals.every = c.run.checkpoint_every = 1.0
-        c.run.steps_per_call = 1
     return experiment.fill(c)

@@ -7,42 +7,14 @@ bos_*. Further failing arms are honest controls.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import ml_collections
 
-Change = Callable[[ml_collections.ConfigDict], None]
+from protojax.workloads.changes import Change, options, together
 
-
-def _aligner(**options: object) -> Change:
-    def change(c: ml_collections.ConfigDict) -> None:
-        for name, value in options.items():
-            c.method.alignment[name] = value
-
-    return change
-
-
-def _both(*changes: Change) -> Change:
-    def change(c: ml_collections.ConfigDict) -> None:
-        for one in changes:
-            one(c)
-
-    return change
-
-
-def _batch(size: int) -> Change:
-    def change(c: ml_collections.ConfigDict) -> None:
-        c.data.batch_size = size
-
-    return change
-
-
-def _optim(**options: object) -> Change:
-    def change(c: ml_collections.ConfigDict) -> None:
-        for name, value in options.items():
-            c.method.optim[name] = value
-
-    return change
+_aligner = functools.partial(options, "method.alignment")
+_optim = functools.partial(options, "method.optim")
 
 
 def _preset(name: str) -> Change:
@@ -68,8 +40,8 @@ ARMS: dict[str, Change] = {
     "multihead_pool": _aligner(latent_pool="multihead"),
     "self_attention": _aligner(latent_self_attention=True),
     "shared_norm": _aligner(shared_norm=True),
-    "batch64": _batch(64),
-    "batch256": _batch(256),
+    "batch64": options("data", batch_size=64),
+    "batch256": options("data", batch_size=256),
     "lr_low": _optim(peak_lr=2e-4),
     "lr_middle": _optim(peak_lr=5e-4),
     "prefix_single": _aligner(prefix_mode="single"),
@@ -77,11 +49,11 @@ ARMS: dict[str, Change] = {
     "learned_temperature": _aligner(temperature_mode="learned"),
     "sigmoid": _aligner(loss="sigmoid", temperature_mode="learned", temperature=0.1),
     "bos_perceiver": _BOS,
-    "bos_direct": _both(_BOS, _DIRECT),
-    "bos_batch64": _both(_BOS, _batch(64)),
-    "bos_direct_batch64": _both(_BOS, _DIRECT, _batch(64)),
+    "bos_direct": together(_BOS, _DIRECT),
+    "bos_batch64": together(_BOS, options("data", batch_size=64)),
+    "bos_direct_batch64": together(_BOS, _DIRECT, options("data", batch_size=64)),
     "constant_image": _aligner(constant_image=True),
-    "unmasked_mean": _both(_aligner(text_pool="unmasked_mean", failing_arm=True), _preset("long")),
+    "unmasked_mean": together(_aligner(text_pool="unmasked_mean", failing_arm=True), _preset("long")),
     "frozen_resampler": _optim(frozen=("resampler",)),
     "prefix_none": _aligner(prefix_mode="none", contrastive_weight=1.0),
     "lr_zero": _optim(peak_lr=0.0),

@@ -94,6 +94,21 @@ ARMS: dict[str, Change] = {
 }
 
 
+def published_carp(c: ml_collections.ConfigDict, prototypes: int) -> None:
+    """CARP's recipe for ResNet-50 (Silva & Ramirez Rivera 2023) at c.data.batch_size, on an accelerator, with a mixture
+    in place of learned prototypes."""
+    c.method.dtype = "bfloat16"
+    c.method.backbone = component("resnet50", stem="imagenet")
+    c.method.head = component("carp")
+    c.method.views = component("carp")
+    c.method.estimator = component("mixture", components=prototypes, features="raw")
+    c.method.objective = ml_collections.ConfigDict({"carp": {"block": 512}})
+    c.method.optim = component("lars", peak_lr=0.45 * c.data.batch_size / 256, end_lr=0.0048, weight_decay=1e-6)
+    c.method.teacher.start = 0.99
+    c.run.log_every = 50
+    c.run.checkpoint_every = 0.01
+
+
 def apply(c: ml_collections.ConfigDict, arm: str) -> ml_collections.ConfigDict:
     """Turn a decoupled configuration into the arm; sets c.arm."""
     ARMS[arm](c)

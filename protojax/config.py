@@ -111,8 +111,7 @@ class Evals:
     batch_size: images a forward pass. groups: 'inat' (> 100, 20-100, < 20 training images) or 'terciles'. evaluations:
     names in `evals.table`; those that need labels are left out where `labels` is empty.
     patience: stop when the workload's validation metric has not risen for so many evaluations (None: never).
-    calibrate: fit a temperature on the validation split (soft labels). prompts, alignment: options of their
-    evaluations.
+    calibrate: fit a temperature on the validation split (soft labels).
     """
 
     every: float = 0.1
@@ -124,8 +123,6 @@ class Evals:
     evaluations: tuple[str, ...] = ("knn", "prototypes", "rank")
     patience: int | None = None
     calibrate: bool = True
-    prompts: Component | None = None
-    alignment: Component | None = None
 
 
 @dataclasses.dataclass(frozen=True)

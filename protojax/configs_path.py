@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
@@ -34,15 +36,20 @@ def find(name: str) -> Path:
 def load(value: str) -> ml_collections.ConfigDict:
     """What `get_config` of FILE[:ARGUMENT] returns. Raises FileNotFoundError, and what the file raises."""
     name, colon, argument = value.partition(":")
-    path = find(name)
-    spec = importlib.util.spec_from_file_location(f"protojax_config_{path.stem}", path)
+    get_config = function_of(find(name), "get_config", "argument=''", "config")
+    return get_config(argument) if colon else get_config()
+
+
+def function_of(path: Path, name: str, signature: str, kind: str) -> Callable[..., Any]:
+    """The function `name` of the Python file. Raises ValueError when it has none, and what the file raises."""
+    spec = importlib.util.spec_from_file_location(f"protojax_{kind}_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} has no function get_config(argument=''): is it a config file?")
-    return module.get_config(argument) if colon else module.get_config()
+    if not hasattr(module, name):
+        raise ValueError(f"{path} has no function {name}({signature}): is it a {kind} file?")
+    return getattr(module, name)
 
 
 def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -8,7 +8,6 @@ what people wrote: only what stands between the two markers is replaced.
 from __future__ import annotations
 
 import concurrent.futures
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -22,6 +21,7 @@ import ml_collections
 
 from protojax import configs_path
 from protojax.config import Config, freeze, suggest
+from protojax.reporting.records import as_number, dig
 
 BEGIN, END = "<!-- study: begin (written by `protojax study`) -->", "<!-- study: end -->"
 
@@ -68,14 +68,7 @@ def load(name: str, smoke: bool = False) -> Study:
     two trials share a label or the reference is none of them.
     """
     path = Path(name) if Path(name).is_file() else configs_path.find(f"studies/{name}")
-    spec = importlib.util.spec_from_file_location(f"protojax_study_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_study"):
-        raise ValueError(f"{path} has no function get_study(smoke=False): is it a study file?")
-    study = module.get_study(smoke)
+    study = configs_path.function_of(path, "get_study", "smoke=False", "study")(smoke)
     labels, titles = [t.label for t in study.trials], [r.title for r in study.rows]
     if len({*labels}) < len(labels) or not labels or not study.seeds:
         raise ValueError(
@@ -152,16 +145,6 @@ def _train(trial: Trial, seed: int, where: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- results
-def lookup(record: Mapping[str, Any], path: str) -> float | None:
-    """The number at 'a/b/c', None where there is none."""
-    at: Any = record
-    for part in path.split("/"):
-        if not isinstance(at, Mapping) or part not in at:
-            return None
-        at = at[part]
-    return None if at is None or isinstance(at, Mapping | str) else float(at)
-
-
 def results(study: Study, root: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """label -> seed -> summary, of the runs that are finished."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
@@ -175,7 +158,12 @@ def results(study: Study, root: Path) -> dict[str, dict[int, dict[str, Any]]]:
 
 def values(row: Row, runs: Mapping[int, Mapping[str, Any]]) -> list[float]:
     """The row's numbers, a seed each, scaled; seeds without one are left out."""
-    raw = [lookup(s, row.value) if isinstance(row.value, str) else row.value(s) for _, s in sorted(runs.items())]
+    summaries = [summary for _, summary in sorted(runs.items())]
+    if isinstance(row.value, str):
+        path = row.value.split("/")
+        raw = [as_number(dig(summary, *path)) for summary in summaries]
+    else:
+        raw = [row.value(summary) for summary in summaries]
     return [row.scale * v for v in raw if v is not None]
 
 

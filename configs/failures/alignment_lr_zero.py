@@ -7,19 +7,8 @@ Must fire: milestone. The cure: configs/alignment_quickstart.py.
 
 from ml_collections import ConfigDict
 
-from protojax import alignment_arms, experiment
-from protojax.config import component, parse_argument
-
-ARM = "lr_zero"
+from protojax import failures
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    _, flags = parse_argument(argument, (ARM,))
-    c = experiment.defaults("alignment")
-    c.name = "failure_alignment_lr_zero"
-    c.data.source = component("synthetic_pairs", preset="standard")
-    c.evals.every = 0.25
-    alignment_arms.apply(c, ARM)
-    if "smoke" in flags:
-        alignment_arms.smoke(c)
-    return experiment.fill(c)
+    return failures.alignment("lr_zero", "lr_zero", argument)

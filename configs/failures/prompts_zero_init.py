@@ -7,25 +7,8 @@ Must fire: identical_prompts. The cure: configs/prompts_synthetic.py (arm defaul
 
 from ml_collections import ConfigDict
 
-from protojax import experiment
-from protojax.config import parse_argument
-from protojax.workloads import prompts_arms
-
-ARM = "zero_init"
+from protojax import failures
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    _, flags = parse_argument(argument, (ARM,))
-    c = experiment.defaults("prompts")
-    c.name = "failure_prompts_zero_init"
-    c.data.source.preset = "small"
-    c.data.batch_size = 16
-    prompts_arms.apply(ARM, c)
-    if "smoke" in flags:
-        c.method.epochs, c.method.steps = 0.0, 2
-        c.data.batch_size = 8
-        c.data.source.classes, c.data.source.train, c.data.source.test = 4, 32, 16
-        c.data.source.width = 32
-        c.evals.every = c.run.checkpoint_every = 1.0
-        c.run.steps_per_call = 1
-    return experiment.fill(c)
+    return failures.prompts("zero_init", "zero_init", argument)

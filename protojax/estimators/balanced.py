@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from protojax.api import Array, Codebook, Estimator, EstimatorSpec, Key, Metrics, PyTree
-from protojax.estimators import common, seeding
+from protojax.api import Array, Estimator, EstimatorSpec, Key, Metrics, PyTree
+from protojax.estimators import common, seeding, spherical
 from protojax.ops.unit import unit
 from protojax.schedules import Schedule, ScheduleSpec, check_choice, make_schedule
 
@@ -119,7 +119,7 @@ def _exponent(value: Any) -> float:
 def _build(options: _Options) -> Estimator:
     def statistics(S: PyTree, rows: Mapping[str, Array]) -> PyTree:
         features, mask = common.read_rows(rows, options.reading)
-        centered = _centered(S, features)
+        centered = spherical.centered(S, features)
         queries, prototypes, bias = _scores(S, centered)
         moments, lse = options.engine.accumulate(queries, prototypes, bias, centered, mask, second="none")
         logits = jnp.sum(moments.first * prototypes) / S["shared"]["temperature"] + jnp.sum(moments.count * bias)
@@ -142,23 +142,21 @@ def _build(options: _Options) -> Estimator:
                 lambda s: (s, error_zero),
                 new,
             )
-        new = _follow(new, stats, options)
+        new = spherical.follow(new, stats, options.usage_rate, options.center_rate if options.center else None)
         held = jnp.mean((new["memory"]["written"] >= 0).astype(features.dtype))
         info: dict[str, Any] = {
             **common.row_info(stats),
             **common.usage_info(stats["count"], new["components"]["usage"], count),
             "conditional_entropy": (jnp.maximum(stats["entropy"], 0.0), count),
-            "max_responsibility": common.max_responsibility(lambda x: _scores(S, x), _centered(S, features), mask),
+            "max_responsibility": common.max_responsibility(
+                lambda x: _scores(S, x), spherical.centered(S, features), mask
+            ),
             "memory_fill": held,
             "temperature": temperature,
             "rate": rate,
         }
         info["balance_error"] = error if options.every == 1 else (error, (jnp.asarray(step) % options.every == 0))
         return common.keep_if_empty(count, new, S), common.report(info, count)
-
-    def codebooks(S: PyTree, head: PyTree) -> tuple[Codebook, Codebook]:
-        prototypes = unit(S["components"]["mean"])
-        return common.fixed_codebooks(prototypes, -(prototypes @ S["shared"]["center"]))
 
     def start(S: PyTree, rows: Mapping[str, Array], key: Key) -> PyTree:
         features, mask = common.read_rows(rows, options.reading)
@@ -167,7 +165,7 @@ def _build(options: _Options) -> Estimator:
         if options.center:
             center = sums["feature_sum"] / jnp.maximum(sums["rows"], 1.0)
             new["shared"] = {**new["shared"], "center": center, "updates": jnp.ones((), features.dtype)}
-        seeds = seeding.seed_components(_centered(new, features), mask, options.components, key, options.start)
+        seeds = seeding.seed_components(spherical.centered(new, features), mask, options.components, key, options.start)
         new["components"] = {**new["components"], "mean": seeds.means}
         whole = jnp.ones((), features.dtype)
         new = jax.lax.fori_loop(0, options.start_sweeps, lambda _, s: _sweep(s, whole, options)[0], new)
@@ -178,7 +176,7 @@ def _build(options: _Options) -> Estimator:
         lambda key, spec: _initial(key, spec, options),
         statistics,
         update,
-        codebooks,
+        spherical.codebooks,
         common.no_head,
         options.memory if data else 0,
         start if data else common.no_start,
@@ -196,10 +194,7 @@ def _initial(key: Key, spec: EstimatorSpec, options: _Options) -> PyTree:
             "log_prior": prior,
             "usage": jnp.exp(prior),
         },
-        "memory": {
-            "features": jnp.zeros((options.memory, spec.dim), dtype),
-            "written": jnp.full((options.memory,), -1, jnp.int32),
-        },
+        "memory": empty_memory(options.memory, spec.dim),
         "shared": {
             **common.shared_start(spec),
             "center": jnp.zeros((spec.dim,), dtype),
@@ -208,6 +203,11 @@ def _initial(key: Key, spec: EstimatorSpec, options: _Options) -> PyTree:
             "updates": zero,
         },
     }
+
+
+def empty_memory(size: int, dim: int) -> PyTree:
+    """The ring before its first row: features [size,dim], written [size] (the step; -1: empty)."""
+    return {"features": jnp.zeros((size, dim), common.float_dtype()), "written": jnp.full((size,), -1, jnp.int32)}
 
 
 def remember(S: PyTree, features: Array, mask: Array, step: Array | int) -> PyTree:
@@ -226,10 +226,6 @@ def remember(S: PyTree, features: Array, mask: Array, step: Array | int) -> PyTr
     return {**S, "memory": memory, "shared": {**S["shared"], "cursor": (cursor + number) % size}}
 
 
-def _centered(S: PyTree, features: Array) -> Array:
-    return unit(features - S["shared"]["center"][None, :])
-
-
 def _scores(S: PyTree, centered: Array) -> tuple[Array, Array, Array]:
     temperature = S["shared"]["temperature"]
     return centered / temperature, unit(S["components"]["mean"]), S["components"]["potential"] / temperature
@@ -239,7 +235,7 @@ def _sweep(S: PyTree, rate: Array, options: _Options) -> tuple[PyTree, Array]:
     """(state after one balanced E- and M-step over the memory, total-variation distance of its usage to the prior)."""
     components, temperature = S["components"], S["shared"]["temperature"]
     valid = S["memory"]["written"] >= 0
-    features = _centered(S, S["memory"]["features"])
+    features = spherical.centered(S, S["memory"]["features"])
     prototypes, log_prior = unit(components["mean"]), components["log_prior"]
     potentials = options.engine.balanced_potentials(
         features,
@@ -263,15 +259,3 @@ def _sweep(S: PyTree, rate: Array, options: _Options) -> tuple[PyTree, Array]:
     }
     usage = moments.count / jnp.maximum(number, 1.0)
     return {**S, "components": new}, 0.5 * jnp.sum(jnp.abs(usage - jnp.exp(log_prior)))
-
-
-def _follow(S: PyTree, stats: Mapping[str, Array], options: _Options) -> PyTree:
-    """Running means of the batch: usage of the components, centre of the features."""
-    components, shared = S["components"], S["shared"]
-    rows = jnp.maximum(stats["rows"], 1.0)
-    usage = components["usage"] + options.usage_rate * (stats["count"] / rows - components["usage"])
-    center = shared["center"]
-    if options.center:
-        center = common.running(center, stats["feature_sum"] / rows, options.center_rate, shared["updates"])
-    shared = {**shared, "center": center, "updates": shared["updates"] + 1.0}
-    return {**S, "components": {**components, "usage": usage}, "shared": shared}

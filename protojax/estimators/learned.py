@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +35,12 @@ def learned(
     def init(key: Key, spec: EstimatorSpec) -> PyTree:
         return {"components": {}, "memory": {}, "shared": common.shared_start(spec)}
 
-    def head(key: Key, spec: EstimatorSpec) -> PyTree:
-        return {"prototypes": common.random_directions(key, count, spec.dim)}
-
     def codebooks(S: PyTree, head: PyTree) -> tuple[Codebook, Codebook]:
         prototypes = head_prototypes(head, count)
         bias = jnp.zeros((count,), prototypes.dtype)
         return Codebook(jax.lax.stop_gradient(prototypes), bias), Codebook(prototypes, bias)
 
-    estimator = _unmoved(init, codebooks, head, features)
+    estimator = _unmoved(init, codebooks, random_head(count), features)
     return estimator if center_momentum is None else with_logit_center(estimator, center_momentum, features=features)
 
 
@@ -65,6 +62,11 @@ def frozen(components: int, *, features: str = "raw", engine: common.Engine = co
         return common.fixed_codebooks(prototypes, jnp.zeros((count,), prototypes.dtype))
 
     return _unmoved(init, codebooks, common.no_head, features)
+
+
+def random_head(count: int) -> Callable[[Key, EstimatorSpec], PyTree]:
+    """`Estimator.head` of learned prototypes: {'prototypes': [count,D]}, random directions."""
+    return lambda key, spec: {"prototypes": common.random_directions(key, count, spec.dim)}
 
 
 def head_prototypes(head: PyTree, count: int) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from protojax.api import Array, Estimator, EstimatorSpec, Key, Metrics, PyTree
 from protojax.estimators import common, seeding, spherical
-from protojax.estimators.balanced import remember
+from protojax.estimators.balanced import empty_memory, remember
 from protojax.schedules import check_choice
 
 
@@ -95,11 +95,7 @@ class _Options(NamedTuple):
 
 def _initial(key: Key, spec: EstimatorSpec, options: _Options) -> PyTree:
     S = spherical.initial(spec, common.random_directions(key, options.components, spec.dim))
-    dtype = common.float_dtype()
-    S["memory"] = {
-        "features": jnp.zeros((options.memory, spec.dim), dtype),
-        "written": jnp.full((options.memory,), -1, jnp.int32),
-    }
+    S["memory"] = empty_memory(options.memory, spec.dim)
     S["shared"]["cursor"] = jnp.zeros((), jnp.int32)
     return S
 

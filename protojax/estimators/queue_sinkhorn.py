@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from protojax.api import Array, Codebook, Estimator, EstimatorSpec, Key, Metrics, PyTree
 from protojax.estimators import common
-from protojax.estimators.balanced import remember
-from protojax.estimators.learned import head_prototypes
+from protojax.estimators.balanced import empty_memory, remember
+from protojax.estimators.learned import head_prototypes, random_head
 
 
 def queue_sinkhorn(
@@ -55,12 +55,8 @@ def queue_sinkhorn(
         raise ValueError(f"queue_sinkhorn, temperature: expected a positive number, got {temperature!r}.")
 
     def init(key: Key, spec: EstimatorSpec) -> PyTree:
-        memory = {
-            "features": jnp.zeros((size, spec.dim), common.float_dtype()),
-            "written": jnp.full((size,), -1, jnp.int32),
-        }
         shared = {**common.shared_start(spec), "cursor": jnp.zeros((), jnp.int32)}
-        return {"components": {}, "memory": memory, "shared": shared}
+        return {"components": {}, "memory": empty_memory(size, spec.dim), "shared": shared}
 
     def statistics(S: PyTree, rows: Mapping[str, Array]) -> PyTree:
         return common.row_statistics(*common.read_rows(rows, features))
@@ -88,7 +84,4 @@ def queue_sinkhorn(
         )
         return common.fixed_codebooks(target, temperature * potentials)[0], Codebook(prediction, none)
 
-    def head(key: Key, spec: EstimatorSpec) -> PyTree:
-        return {"prototypes": common.random_directions(key, count, spec.dim)}
-
-    return Estimator(init, statistics, update, codebooks, head, 0, common.no_start)
+    return Estimator(init, statistics, update, codebooks, random_head(count), 0, common.no_start)

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jax.scipy.special import digamma
 
 from protojax.api import Array, Estimator, EstimatorSpec, Key, Metrics, PyTree
-from protojax.estimators import common, seeding
+from protojax.estimators import common, seeding, spherical
 from protojax.estimators import mixture_step as em
 from protojax.ops.gaussian import gaussian_scores
-from protojax.ops.unit import unit
 from protojax.schedules import Schedule, ScheduleSpec, check_choice, make_schedule
 
 
@@ -91,7 +90,7 @@ def variational(
         lambda key, spec: _initial(key, spec, options),
         lambda S, rows: _statistics(S, rows, options),
         lambda S, stats, rows, step, key: _update(S, stats, rows, step, options),
-        _codebooks,
+        spherical.codebooks,
         common.no_head,
         wanted if data else 0,
         (lambda S, rows, key: _start(S, rows, key, options)) if data else common.no_start,
@@ -166,11 +165,6 @@ def _update(
         ),
     }
     return common.keep_if_empty(stats["rows"], new, S), common.report(info, stats["rows"])
-
-
-def _codebooks(S: PyTree, head: PyTree):
-    prototypes = unit(S["components"]["mean"])
-    return common.fixed_codebooks(prototypes, -(prototypes @ S["shared"]["center"]))
 
 
 def _start(S: PyTree, rows: Mapping[str, Array], key: Key, options: _Options) -> PyTree:

@@ -9,7 +9,7 @@ from typing import Any
 
 from protojax.evals import detectors
 from protojax.evals.history import History
-from protojax.reporting.records import Run, as_number, dig, load_run
+from protojax.reporting.records import Run, as_number, load_run
 
 FIELDS = ("detector", "severity", "step", "evidence", "cause", "advice")
 WARMUP = 0.1  # share of a run before which a loss at chance is only a notice, as in training
@@ -74,10 +74,7 @@ def _warmup_steps(records: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _notes(run: Run) -> list[str]:
-    notes = [problem for problem in run.problems if "report_data" not in problem]
-    if run.summary is not None and dig(run.summary, "finished") is False:
-        notes.append("the run was stopped before its end.")
-    return notes
+    return [problem for problem in run.problems if "report_data" not in problem]
 
 
 def lines(workdir: str | Path, seen: Examination) -> list[str]:

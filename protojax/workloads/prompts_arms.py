@@ -6,39 +6,14 @@ recipe, which has none of them; the six published remedies are added to it one a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
 
 import ml_collections
 
 from protojax.config import suggest
+from protojax.workloads.changes import Change, options, together
 
-Change = Callable[[ml_collections.ConfigDict], None]
-
-
-def _set(**options: Any) -> Change:
-    """Options of `config.method.prompts`."""
-
-    def change(c: ml_collections.ConfigDict) -> None:
-        for key, value in options.items():
-            c.method.prompts[key] = value
-
-    return change
-
-
-def _all(*changes: Change) -> Change:
-    def change(c: ml_collections.ConfigDict) -> None:
-        for one in changes:
-            one(c)
-
-    return change
-
-
-def _base(kind: str) -> Change:
-    def change(c: ml_collections.ConfigDict) -> None:
-        c.data.source.base = kind
-
-    return change
+_set = functools.partial(options, "method.prompts")
 
 
 def _untrained(c: ml_collections.ConfigDict) -> None:
@@ -50,40 +25,40 @@ def _untrained(c: ml_collections.ConfigDict) -> None:
 ORIGINAL = _set(offset_init="normal", offset_std=0.01, e_step_centre="none", balance="none")
 
 ARMS: dict[str, Change] = {
-    "default": _all(),
+    "default": together(),
     # the published recipe, and its remedies one by one
     "original": ORIGINAL,
-    "original_k8": _all(ORIGINAL, _set(num_prompts=8)),
-    "original_k32": _all(ORIGINAL, _set(num_prompts=32)),
-    "diversity_20": _all(ORIGINAL, _set(diversity_weight=20.0)),
-    "tau_end_0.3": _all(ORIGINAL, _set(tau_end=0.3)),
-    "entropy_live": _all(ORIGINAL, _set(entropy_weight=1.0)),
-    "offset_penalty_0": _all(ORIGINAL, _set(offset_penalty=0.0)),
-    "orthogonal": _all(ORIGINAL, _set(offset_init="orthogonal")),
-    "minimum_distance": _all(ORIGINAL, _set(diversity_weight=20.0, diversity_form="hinge", diversity_margin=0.5)),
-    "original_fixed": _all(ORIGINAL, _set(diversity_weight=2.8, tau_end=0.3, entropy_weight=0.01)),
+    "original_k8": together(ORIGINAL, _set(num_prompts=8)),
+    "original_k32": together(ORIGINAL, _set(num_prompts=32)),
+    "diversity_20": together(ORIGINAL, _set(diversity_weight=20.0)),
+    "tau_end_0.3": together(ORIGINAL, _set(tau_end=0.3)),
+    "entropy_live": together(ORIGINAL, _set(entropy_weight=1.0)),
+    "offset_penalty_0": together(ORIGINAL, _set(offset_penalty=0.0)),
+    "orthogonal": together(ORIGINAL, _set(offset_init="orthogonal")),
+    "minimum_distance": together(ORIGINAL, _set(diversity_weight=20.0, diversity_form="hinge", diversity_margin=0.5)),
+    "original_fixed": together(ORIGINAL, _set(diversity_weight=2.8, tau_end=0.3, entropy_weight=0.01)),
     # failures on purpose
-    "entropy_stopped": _all(
+    "entropy_stopped": together(
         ORIGINAL, _set(entropy_weight=1.0, regulariser_gradient="stopped", allow_dead_terms=True)
     ),
-    "repository_final": _all(
+    "repository_final": together(
         ORIGINAL,
         _set(diversity_weight=20.0, entropy_weight=8.0, min_usage_weight=15.0, min_usage_threshold=0.1,
              mixture_weight=0.2, tau_start=6.0, tau_end=3.0, regulariser_gradient="stopped", allow_dead_terms=True),
     ),
-    "zero_init": _all(ORIGINAL, _set(offset_init="zero")),
-    "tau_fixed_1": _all(ORIGINAL, _set(tau_schedule="constant", tau_start=1.0)),
-    "lambda_0": _all(ORIGINAL, _set(mixture_weight=0.0)),
+    "zero_init": together(ORIGINAL, _set(offset_init="zero")),
+    "tau_fixed_1": together(ORIGINAL, _set(tau_schedule="constant", tau_start=1.0)),
+    "lambda_0": together(ORIGINAL, _set(mixture_weight=0.0)),
     # parts of the cure
-    "centre_only": _all(ORIGINAL, _set(e_step_centre="class")),
-    "centre_global": _all(ORIGINAL, _set(e_step_centre="global")),
-    "price_only": _all(ORIGINAL, _set(balance="price")),
-    "plus_plus_only": _all(ORIGINAL, _set(offset_init="plus_plus")),
+    "centre_only": together(ORIGINAL, _set(e_step_centre="class")),
+    "centre_global": together(ORIGINAL, _set(e_step_centre="global")),
+    "price_only": together(ORIGINAL, _set(balance="price")),
+    "plus_plus_only": together(ORIGINAL, _set(offset_init="plus_plus")),
     "centre_price": _set(offset_init="normal"),
     "centre_plus_plus": _set(balance="none"),
     "sinkhorn": _set(balance="sinkhorn"),
-    "text_shifted": _all(ORIGINAL, _base("text_shifted")),
-    "class_mean": _all(ORIGINAL, _base("class_mean")),
+    "text_shifted": together(ORIGINAL, options("data.source", base="text_shifted")),
+    "class_mean": together(ORIGINAL, options("data.source", base="class_mean")),
     # variants of the default
     "hard": _set(hard_assignment=True),
     "lse": _set(cls_pool="lse"),
@@ -92,7 +67,7 @@ ARMS: dict[str, Change] = {
     # controls
     "uniform_plan": _set(uniform_plan=True),
     "single_prompt": _set(num_prompts=1),
-    "random_control": _all(ORIGINAL, _untrained),
+    "random_control": together(ORIGINAL, _untrained),
     "initialised_control": _untrained,
 }  # fmt: skip
 
@@ -105,3 +80,11 @@ def apply(arm: str, cfg: ml_collections.ConfigDict) -> None:
         raise ValueError(f"unknown arm {arm!r}{suggest(arm, ARMS)}. Known: {list(ARMS)}.")
     cfg.arm = arm
     ARMS[arm](cfg)
+
+
+def smoke(cfg: ml_collections.ConfigDict) -> None:
+    """Two steps of eight examples; how small the data is stays with the config file."""
+    cfg.method.epochs, cfg.method.steps = 0.0, 2
+    cfg.data.batch_size = 8
+    cfg.evals.every = cfg.run.checkpoint_every = 1.0
+    cfg.run.steps_per_call = 1

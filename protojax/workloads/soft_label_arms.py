@@ -5,43 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import ml_collections
 
-Change = Callable[[ml_collections.ConfigDict], None]
+from protojax.workloads.changes import Change, options, together
 
-
-def _soft(**values: object) -> Change:
-    def change(c: ml_collections.ConfigDict) -> None:
-        for key, value in values.items():
-            c.method.soft_label[key] = value
-
-    return change
-
-
-def _optim(**values: object) -> Change:
-    def change(c: ml_collections.ConfigDict) -> None:
-        for key, value in values.items():
-            c.method.optim[key] = value
-
-    return change
-
-
-def _data(**values: object) -> Change:
-    def change(c: ml_collections.ConfigDict) -> None:
-        for key, value in values.items():
-            c.data[key] = value
-
-    return change
-
-
-def _all(*changes: Change) -> Change:
-    def change(c: ml_collections.ConfigDict) -> None:
-        for one in changes:
-            one(c)
-
-    return change
+_soft = functools.partial(options, "method.soft_label")
+_optim = functools.partial(options, "method.optim")
+_data = functools.partial(options, "data")
 
 
 def _original(c: ml_collections.ConfigDict) -> None:
@@ -51,21 +23,21 @@ def _original(c: ml_collections.ConfigDict) -> None:
     c.method.epochs = 20.0
 
 
-FIXED = _all(
+FIXED = together(
     _soft(label_smoothing=0.15, temperature=4.0, entropy_weight=5.0, entropy_penalty="quadratic", min_entropy=1.5,
           class_weighting="sample"),
     _optim(clip_norm=1.0, final_layer_weight_decay=0.01),
 )  # fmt: skip
 
 FAILURES: dict[str, Change] = {
-    "original_first": _all(
+    "original_first": together(
         _original, _soft(temperature=2.0, entropy_weight=2.0, entropy_penalty="linear", min_entropy=1.0)
     ),
-    "original_T10": _all(
+    "original_T10": together(
         _original, _soft(temperature=10.0, entropy_weight=2.0, entropy_penalty="linear", min_entropy=1.0)
     ),
-    "original_fixed": _all(_original, FIXED),
-    "original_logitnorm": _all(
+    "original_fixed": together(_original, FIXED),
+    "original_logitnorm": together(
         _original,
         _soft(
             logit_norm=1.0,
@@ -77,9 +49,9 @@ FAILURES: dict[str, Change] = {
         ),
         _optim(clip_norm=1.0, final_layer_weight_decay=0.01),
     ),
-    "original_s2": _all(_original, _soft(logit_norm=3.0, temperature=1.5)),
+    "original_s2": together(_original, _soft(logit_norm=3.0, temperature=1.5)),
     "raw_inputs": _data(standardise="none"),
-    "raw_final_norm": _all(_data(standardise="none"), _soft(final_norm=True)),
+    "raw_final_norm": together(_data(standardise="none"), _soft(final_norm=True)),
     "tiny_scale": _soft(logit_norm=1.0, temperature=4.0),
     "entropy_too_high": _soft(entropy_weight=10.0, min_entropy=2.0),
     "dead_penalty": _soft(logit_norm=1.5, entropy_weight=5.0, min_entropy=1.5, allow_dead_terms=True),
