@@ -63,10 +63,13 @@ def rows() -> list[Row]:
     out += [Row("soft_labels_fashion", a) for a in ("default", "default,well_scaled")]
     out += [Row(quick, "default,iid,large"), Row(quick, "default,district,large")]
     out += [Row(quick, f"{a},iid") for a in soft_label_arms.REMEDIES]
-    out += [Row(quick, f"{a},seven") for a in ("original_T10", "original_s2", "raw_inputs", "raw_final_norm")]
+    out += [
+        Row(quick, f"{a},seven")
+        for a in ("original_T10", "original_s2", "raw_inputs", "raw_final_norm", "group_columns_keep")
+    ]
     out += [Row(quick, f"{a},iid") for a in ("entropy_too_high", "dead_penalty")]
     out += [Row(quick, f"{a},district") for a in soft_label_arms.REMEDIES]
-    return out + [Row(quick, f"{a},iid") for a in soft_label_arms.LATER]
+    return out + [Row(quick, f"{a},iid") for a in soft_label_arms.LATER if a != "group_columns_keep"]
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -74,7 +77,7 @@ def train_seeds(config: Config, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
     """One record a seed: {'seed', 'records' as in metrics.jsonl, 'final', 'findings', 'seconds'}."""
     began = time.perf_counter()
     splits = soft_labels.open_splits(config)
-    preparation = soft_labels.prepare(config, splits["train"])
+    preparation = soft_labels.prepare(config, splits)
     recipe = soft_labels.assemble(config, splits, preparation)
     total = recipe.total_steps
     data = {k: jnp.asarray(v) for k, v in data_lib.prepared(splits["train"], preparation).items()}

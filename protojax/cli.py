@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from protojax import __version__
 from protojax.errors import guarded
 
-COMMANDS = ("eval", "embed", "compare", "study", "report", "audit", "doctor", "predict", "search", "prompts")
+COMMANDS = ("eval", "embed", "compare", "study", "report", "audit", "doctor", "predict", "teach", "search", "prompts")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

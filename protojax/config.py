@@ -85,7 +85,8 @@ class LongTail:
 class Data:
     """Where examples come from. batch_size is global. `source` options go to the reader (docs/data.md).
 
-    Tables only (docs/soft_labels.md): standardise 'standard', 'robust', 'rank' or 'none'; clip_inputs in standard
+    Tables only (docs/soft_labels.md): standardise 'standard', 'robust', 'rank' or 'none'; group_columns 'auto' (drops
+    what is constant within groups where the groups are too few to learn from it) or 'keep'; clip_inputs in standard
     deviations (None: not); heavy_tails 'log' or None; impute 'median' or None. distance_scale: targets are distances d,
     and softmax(-d / distance_scale) is learned; missing_distance stands for an empty cell.
     """
@@ -97,6 +98,7 @@ class Data:
     test_split: str = "test"
     longtail: LongTail = LongTail()
     standardise: str = "standard"
+    group_columns: str = "auto"
     clip_inputs: float | None = 8.0
     heavy_tails: str | None = None
     impute: str | None = None

@@ -71,6 +71,15 @@ def _records(opened: Opened, data: Data | None, split: str | None, role: str) ->
     return image_lib.records(dataclasses.replace(opened.config, data=source), split or given)
 
 
+def open_splits(
+    workdir: Path | str, protocol: Protocol, data: Data | None = None, bank_data: Data | None = None
+) -> tuple[Opened, Records, Records]:
+    """(checkpoint, split to learn from, split to score on) of `data` (None: the run's own); errors as `open_run`."""
+    opened = open_run(workdir, protocol)
+    bank = _records(opened, bank_data or data, protocol.bank_split, "bank")
+    return opened, bank, _records(opened, data, protocol.test_split, "test")
+
+
 def _source(opened: Opened, records: Records, counts: Mapping[str, np.ndarray]) -> Source:
     """One ordered pass; the batch is rounded up to the devices, which changes no feature."""
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -154,9 +163,7 @@ def evaluate(
     data: None for the run's own. bank_data: learn from this source and score on `data` (transfer), on the classes that
     both name. Raises ValueError or TypeError for what can be known to be wrong before a feature is computed.
     """
-    opened = open_run(workdir, protocol)
-    bank = _records(opened, bank_data or data, protocol.bank_split, "bank")
-    test = _records(opened, data, protocol.test_split, "test")
+    opened, bank, test = open_splits(workdir, protocol, data, bank_data)
     initial: Mapping[str, Any] = {}
     if data is None and bank_data is None:
         initial = metrics.evaluated(metrics.read_records(opened.workdir / "metrics.jsonl"), 0) or {}

@@ -18,6 +18,7 @@ from typing import Any
 
 LOST_STATUS = 75  # EX_TEMPFAIL: run the same command again
 GRACE = 5.0  # seconds in which a process whose peer failed with an error may fail with its own
+SETTLE = 2.0  # seconds in which the loss of a peer may be seen behind the error that it caused here
 _LINE_LIMIT = 1 << 22
 
 
@@ -81,7 +82,11 @@ class Peers:
         self._tell({"bye": self.index})
 
     def fail(self, reason: str) -> None:
-        """Tell the others that this process ends with an error; they end too."""
+        """Tell the others that this process ends with an error; they end too.
+
+        A collective fails the moment a peer is lost, often before its closed connection is noticed: the listeners get
+        SETTLE seconds to end this process with the true cause."""
+        time.sleep(SETTLE)
         self._leaving = True
         self._tell({"failed": self.index, "why": reason})
 

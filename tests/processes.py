@@ -95,6 +95,15 @@ class Run:
             time.sleep(0.05)
         raise AssertionError(f"never came to step {step}:\n" + "\n".join(map(self.output, range(len(self.processes)))))
 
+    def until(self, text: str, timeout: float = 240) -> None:
+        """Wait until process 0 has said `text`."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and all(p.poll() is None for p in self.processes):
+            if text in self.output(0):
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"never said {text!r}:\n" + "\n".join(map(self.output, range(len(self.processes)))))
+
     def signal(self, index: int, number: int = signal.SIGTERM) -> None:
         self.processes[index].send_signal(number)
 

@@ -119,6 +119,7 @@ def test_missing_and_doubled_processes_are_named():
 @pytest.mark.parametrize("victim", [0, 2])
 def test_the_survivors_name_the_lost_process(monkeypatch, how, victim):
     monkeypatch.setattr(peers, "GRACE", 0.0)
+    monkeypatch.setattr(peers, "SETTLE", 0.0)
     everyone = gathered(3, lost_after=0.6)
     said: dict[int, str] = {}
     for p in everyone:

@@ -92,6 +92,7 @@ def test_a_killed_process_is_named_and_the_last_checkpoint_is_intact(tmp_path, v
     assert "resumes from the newest" in run.output(other)
 
     again = Run(tmp_path, 2, steps, "run__checkpoint_every=0.001")
+    again.until("resuming at step")  # before that, metrics.jsonl holds the steps that the killed run had written
     last = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     again.at_step(tmp_path, last + 2)
     again.signal(0)

@@ -13,7 +13,7 @@ from protojax import experiment, train
 from tests.process_worker import linear
 from tests.toy import toy_config, toy_options
 
-STEPS = 10_000
+STEPS = 5_000
 
 
 def resident() -> float:
@@ -23,10 +23,10 @@ def resident() -> float:
 
 
 @pytest.mark.slow
-def test_ten_thousand_steps_change_nothing_but_the_state(tmp_path):
+def test_thousands_of_steps_change_nothing_but_the_state(tmp_path):
     config = toy_config(
-        method__steps=STEPS, data__batch_size=16, evals__batch_size=16, run__log_every=250, run__checkpoint_every=0.1,
-        evals__every=0.5, run__keep=2,
+        method__steps=STEPS, data__batch_size=16, evals__batch_size=16, run__log_every=125, run__checkpoint_every=0.1,
+        evals__every=0.1, run__keep=2,
     )  # fmt: skip
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -49,9 +49,11 @@ def test_ten_thousand_steps_change_nothing_but_the_state(tmp_path):
         jax.monitoring.clear_event_listeners()
     assert result.finished
     records = [r for r in train.metrics_lib.read_records(tmp_path / "metrics.jsonl") if r["kind"] == "train"]
-    settled = len(memory) // 5
+    settled = len(memory) // 4  # after two evaluations and two checkpoints
     assert counts[-1] == counts[settled], "something was compiled again"
-    assert max(arrays[settled:]) - min(arrays[settled:]) <= 2, "arrays stay behind"
+    # The state of a step that is being saved may be alive beside the next one: the most counts, not each number.
+    half = len(arrays) // 2
+    assert max(arrays[half:]) <= max(arrays[settled:half]), f"arrays stay behind: {arrays}"
     assert memory[-1] - memory[settled] < 30, f"memory grew: {memory}"
     rates = np.array([r["images_per_second"] for r in records[2:]])
     first, last = (float(np.median(part)) for part in np.array_split(rates, 2))

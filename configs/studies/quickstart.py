@@ -30,7 +30,7 @@ def get_study(smoke: bool = False) -> Study:
             Row("k-NN fine, %", f"knn/fine/{k}", 100),
             Row("k-NN fine, untrained, %", f"controls/untrained_knn/fine/{k}", 100),
             *(() if smoke else (Row("k-NN fine, ratio to untrained", ratio, digits=2),)),
-            Row("k-NN coarse, %", f"knn/coarse/{k}", 100),
+            *(() if smoke else (Row("k-NN coarse, %", f"knn/coarse/{k}", 100),)),
             Row("k-NN head, %", "groups/fine/head", 100),
             Row("k-NN medium, %", "groups/fine/medium", 100),
             Row("k-NN tail, %", "groups/fine/tail", 100),

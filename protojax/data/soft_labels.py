@@ -124,6 +124,7 @@ def table(
     else:
         by = split if grouped else "random"
         found = tables.split_table(whole, by=by, val=val_fraction, test=test_fraction, seed=split_seed)
+    tables.check_filled(found)
     if grouped and split == "group":
         tables.check_groups(found)
     return found
@@ -266,7 +267,10 @@ def images(*, root: str | Path) -> dict[str, Table]:
     names = tuple(str(c) for c in arrays.get("categories", np.arange(targets.shape[1])))
     labels, ids = np.unique(arrays.get("group", np.zeros(len(targets), np.int64)).astype(str), return_inverse=True)
     whole = Table(Path(root).stem, {}, targets, names, ids.astype(np.int64), tuple(labels.tolist()), images=pictures)
-    return {s: whole.take(np.flatnonzero(arrays["split"].astype(str) == s), f"{whole.name}/{s}") for s in SPLIT_NAMES}
+    where = arrays["split"].astype(str)
+    found = {s: whole.take(np.flatnonzero(where == s), f"{whole.name}/{s}") for s in SPLIT_NAMES}
+    tables.check_filled(found)
+    return found
 
 
 SOURCES: dict[str, Callable[..., dict[str, Table]]] = {

@@ -131,12 +131,17 @@ def split_table(
             for i, name in enumerate(("train", "val", "test"))}  # fmt: skip
 
 
-def check_groups(splits: Mapping[str, Table]) -> None:
-    """Raise ValueError, naming them, for groups that stand in two splits, and for a split without samples."""
-    seen: dict[int, str] = {}
+def check_filled(splits: Mapping[str, Table]) -> None:
+    """Raise ValueError for a split without samples."""
     for name, table in splits.items():
         if not table.size:
             raise ValueError(f"{table.name}: the split {name!r} is empty: no group or row belongs to it.")
+
+
+def check_groups(splits: Mapping[str, Table]) -> None:
+    """Raise ValueError, naming them, for groups that stand in two splits."""
+    seen: dict[int, str] = {}
+    for name, table in splits.items():
         for group in np.unique(table.group):
             if group in seen:
                 raise ValueError(
@@ -201,13 +206,16 @@ def fit_preparation(
     clip: float | None = 8.0,
     heavy_tails: str | None = None,
     impute: str | None = None,
+    groups: np.ndarray | None = None,
 ) -> Preparation:
     """Statistics of the training columns.
 
     standardise: 'standard' (mean, standard deviation), 'robust' (median, interquartile range / 1.349), 'rank' (mid-rank
     in the training column, to [-1.73, 1.73]: a uniform of variance 1), 'none'. Columns with std < 1e-6 max(1,
     |mean|) are dropped and listed. heavy_tails='log': columns of |skewness| > 5 pass log1p (signed where they go
-    below 0) first. impute='median': for NaN, of any split.
+    below 0) first. impute='median': for NaN, of any split. groups [N]: ids of groups of which other splits hold others;
+    numeric columns that are constant within each of G groups are then dropped where there are G or more of them: G
+    values cannot tell them apart, and what a network makes of them on a new group is chance.
 
     Raises ValueError for NaN without impute (named columns and counts), or when no column varies.
     """
@@ -233,11 +241,30 @@ def fit_preparation(
             continue
         kept.append(fitted)
         stds[name] = float(np.nanstd(raw.astype(np.float64)))
+    if groups is not None:
+        unidentified = _unidentified({c.name: columns[c.name] for c in kept if c.levels is None}, groups)
+        others = [c for c in kept if c.name not in unidentified]
+        if others:
+            kept, dropped = others, dropped | unidentified
+        else:
+            logger.warning("every column is constant within groups: on a new group predictions are a guess.")
     if not kept:
         raise ValueError(f"no feature column varies over the training split; all are constant: {list(columns)[:8]}.")
     if dropped:
-        logger.warning("dropped columns that do not vary over the training split: %s", ", ".join(dropped))
+        reasons = {why: [n for n, w in dropped.items() if w == why] for why in dropped.values()}
+        said = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
+        logger.warning("dropped columns: %s", said)
     return Preparation(tuple(kept), dropped, stds, standardise, clip if standardise != "none" else None, impute)
+
+
+def _unidentified(columns: Mapping[str, np.ndarray], groups: np.ndarray) -> dict[str, str]:
+    """name -> why, of columns that are constant within every group, where there are at least as many as groups."""
+    _, first, ids = np.unique(groups, return_index=True, return_inverse=True)
+    fixed = [name for name, x in columns.items() if np.array_equal(x, x[first][ids], equal_nan=x.dtype.kind == "f")]
+    if len(first) < 2 or len(fixed) < len(first):
+        return {}
+    why = f"one of {len(fixed)} constant within each of {len(first)} training groups"
+    return dict.fromkeys(fixed, why)
 
 
 def _fit_numbers(name: str, x: np.ndarray, method: str, heavy: bool) -> Column | str:

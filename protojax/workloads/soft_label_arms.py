@@ -90,6 +90,7 @@ LATER: dict[str, Change] = {
     "spread_1": _soft(spread_weight=1.0),
     "robust": _data(standardise="robust"),
     "rank": _data(standardise="rank"),
+    "group_columns_keep": _data(group_columns="keep"),
 }
 ARMS: dict[str, Change] = {"default": lambda c: None, **FAILURES, **REMEDIES, **LATER}
 

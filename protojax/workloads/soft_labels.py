@@ -26,6 +26,7 @@ from protojax.models.encoder import BACKBONES
 from protojax.models.mlp import MLP, StarGraph, soft_label_encoder
 from protojax.objectives.soft_label import sample_weights, soft_label
 from protojax.ops import simplex
+from protojax.schedules import check_choice
 from protojax.workloads import base
 from protojax.workloads.images import IMAGENET_MEAN, IMAGENET_STD
 from protojax.workloads.soft_label_views import VIEWS
@@ -33,6 +34,7 @@ from protojax.workloads.soft_label_views import VIEWS
 logger = logging.getLogger(__name__)
 FILE = "table.json"  # columns, statistics and categories: belongs to the model
 TRUNKS: dict[str, Callable[..., Any]] = {"mlp": MLP, "star_graph": StarGraph, **BACKBONES}
+GROUP_COLUMNS = ("auto", "keep")
 WIDE = 100.0  # ratio of the widest raw column to the median one from which raw inputs are warned of
 
 
@@ -125,17 +127,21 @@ def options(config: Config) -> Options:
 def build(config: Config) -> Recipe:
     """The recipe of any arm, from data."""
     splits = open_splits(config)
-    return assemble(config, splits, prepare(config, splits["train"]))
+    return assemble(config, splits, prepare(config, splits))
 
 
-def prepare(config: Config, train: Table) -> Preparation | None:
-    """Statistics of the training columns (None: there are none, only images)."""
+def prepare(config: Config, splits: Mapping[str, Table]) -> Preparation | None:
+    """Statistics of the training columns (None: there are none, only images). What is only known a group is judged by
+    `data.group_columns` where the test groups are new ones."""
+    train, data = splits["train"], config.data
+    check_choice("data.group_columns", data.group_columns, GROUP_COLUMNS)
     if not train.columns:
         return None
-    data = config.data
+    new = not np.intersect1d(train.group, splits["test"].group).size
+    judged = data.group_columns == "auto" and data.standardise != "none" and new
     preparation = tables.fit_preparation(
         train.columns, standardise=data.standardise, clip=data.clip_inputs, heavy_tails=data.heavy_tails,
-        impute=data.impute,
+        impute=data.impute, groups=train.group if judged else None,
     )  # fmt: skip
     stds = np.asarray(list(preparation.std.values()) or [1.0])
     ratio = float(np.max(stds)) / max(float(np.median(stds)), 1e-12)
@@ -277,7 +283,7 @@ def _encoder(config: Config, chosen: Options, train: Table, preparation: Prepara
 def begun(config: Config, recipe: Recipe, workdir: Path) -> None:
     """Write what a prediction needs beside the parameters, and print the baselines."""
     splits = open_splits(config)
-    metrics.write_json(workdir / FILE, describe_table(splits["train"], prepare(config, splits["train"])))
+    metrics.write_json(workdir / FILE, describe_table(splits["train"], prepare(config, splits)))
     constant = splits["train"].targets.mean(axis=0)
     for name in ("val", "test"):
         known = evals_lib.baselines(splits[name].targets, constant, splits[name].bayes)

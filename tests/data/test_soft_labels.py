@@ -251,6 +251,7 @@ def test_parquet_and_npz_read_the_same(tmp_path):
         ("a,target_x,target_y\n", {}, "expected a header and at least one row"),
         ("a,target_x,target_y\n1,high,low\n", {}, r"the columns \['target_x', 'target_y'\] hold text"),
         ("a,target_x,target_y\n1,0.5,0.5\n", {"features": ("b",)}, r"no columns \['b'\]"),
+        ("a,target_x,target_y,split\n1,0.5,0.5,train\n2,0.5,0.5,test\n", {}, "the split 'val' is empty"),
         ("target_x,target_y\n0.5,0.5\n0.4,0.6\n", {}, "no feature column is left"),
         ("a,target_x,target_y\n1,0.5,0.5\n", {}, "1 samples cannot be split"),
     ],
@@ -279,3 +280,17 @@ def test_images_with_a_hierarchy_share_half_with_their_siblings(monkeypatch):
     assert splits["train"].size + splits["val"].size == 40
     np.testing.assert_allclose(np.sort(splits["test"].targets[0])[::-1], [0.5, 0.5, 0.0, 0.0])
     assert splits["test"].images.shape == (40, 4, 4, 3)
+
+
+def test_columns_that_only_tell_groups_apart_go_where_groups_are_new_and_few(caplog):
+    groups = np.repeat([4, 7, 9], 20)
+    raw = {"own": np.arange(60.0), "a": (groups * 2.0), "b": (groups == 7) * 1.0, "c": np.sqrt(groups)}
+    assert fit_preparation(raw).names == ("own", "a", "b", "c")
+    assert fit_preparation({k: raw[k] for k in ("own", "a", "b")}, groups=groups).names == ("own", "a", "b")
+    found = fit_preparation(raw, groups=groups)
+    assert found.names == ("own",)
+    assert set(found.dropped.values()) == {"one of 3 constant within each of 3 training groups"}
+    assert "a, b, c (one of 3 constant within each of 3 training groups)" in caplog.text
+    assert fit_preparation(raw, groups=np.zeros(60)).names == ("own", "a", "b", "c")
+    assert fit_preparation({k: raw[k] for k in "abc"}, groups=groups).names == ("a", "b", "c")
+    assert "on a new group predictions are a guess" in caplog.text

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from protojax import cli, evaluating, loading, metrics, protocol, summary
+from protojax import cli, evaluating, loading, metrics, protocol, summary, teaching
 from protojax import step as step_lib
 from protojax.checkpoint import Checkpoints
 from protojax.commands import eval as eval_command
+from protojax.data import soft_labels
 from protojax.evals.geometry import alignment, lidar
 from protojax.evals.knn import knn_accuracy
 from tests.toy import toy_config, toy_recipe
@@ -220,3 +221,47 @@ def test_a_target_that_cannot_be_written_is_refused_before_anything_is_computed(
     status, text = said(capsys, "embed", tmp_path / "no-run", f"--out={tmp_path / out}")
     assert status == 2
     assert message in text
+
+
+# -------------------------------------------------------------------------------------------------------- teach
+def test_beliefs_are_votes_without_the_row_itself():
+    """Against enumeration, with duplicates of a row (which do vote) in front of it."""
+    rng = np.random.default_rng(0)
+    bank = rng.standard_normal((30, 4))
+    bank[20:26] = bank[3]
+    labels = rng.integers(0, 3, 30)
+    unit = bank / np.linalg.norm(bank, axis=1, keepdims=True)
+    found = teaching.beliefs(bank, labels, None, num_classes=3, k=4, temperature=0.5)
+    for i in range(30):
+        others = np.delete(np.arange(30), i)
+        cosines = unit[others] @ unit[i]
+        near = others[np.argsort(-np.round(cosines, 6), kind="stable")[:4]]
+        votes = np.bincount(labels[near], np.exp(unit[near] @ unit[i] / 0.5), minlength=3)
+        np.testing.assert_allclose(found[i], votes / votes.sum(), atol=1e-5, err_msg=str(i))
+    with pytest.raises(ValueError, match="k = \\[30\\] is larger than the bank of 29 rows"):
+        teaching.beliefs(bank, labels, None, num_classes=3, k=30)
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        teaching.beliefs(bank, labels, bank, num_classes=3, temperature=0.0)
+
+
+def test_a_checkpoint_writes_images_with_its_beliefs(workdir, tmp_path, capsys):
+    out = tmp_path / "teacher.npz"
+    status, text = said(capsys, "teach", workdir, f"--data={DATA}", "--k=3", f"--out={out}")
+    assert status == 0, text
+    assert "largest belief on the true class" in text
+    splits = soft_labels.images(root=out)
+    assert [splits[s].size for s in ("train", "val")] == [86, 10]
+    target = splits["test"]
+    np.testing.assert_allclose(target.targets.sum(axis=1), 1.0, atol=1e-6)
+    assert target.images.dtype == np.uint8
+    from protojax.data.synthetic import open_synthetic
+
+    records = open_synthetic("test", **SIZES)
+    np.testing.assert_array_equal(target.images, records.take(np.arange(records.size))["image"])
+    assert target.categories == records.classes["fine"]
+    status, text = said(capsys, "teach", workdir, f"--data={DATA}", "--label=genus", f"--out={out}")
+    assert status == 2
+    assert "has no labels 'genus'" in text
+    status, text = said(capsys, "teach", workdir, f"--out={tmp_path / 'teacher.csv'}")
+    assert status == 2
+    assert "ends in .npz" in text
