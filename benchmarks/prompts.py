@@ -2,7 +2,8 @@
 
     python -m benchmarks.prompts                       # whatever is missing, most important first; resumable
     python -m benchmarks.prompts --jobs small:default  # one job
-    python -m benchmarks.prompts --smoke               # seconds: does the script run?
+    python -m benchmarks.prompts --jobs memory         # 10,000 classes of 32: read from the compiled step
+    python -m benchmarks.prompts --smoke --out /tmp/p.jsonl   # a few steps a job: does the script run?
     python -m benchmarks.prompts --table               # docs/results/prompts.md from what is there
 
 Each job is an arm on a preset. Its seeds run side by side: `protojax.step.step`, the loop's own, under `vmap`. Every
@@ -13,7 +14,6 @@ record holds the command that runs the same seed alone, `protojax train --config
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import time
 import warnings
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.prompts_memory import memory_record
 from protojax import configs_path, experiment
 from protojax import step as step_lib
 from protojax.api import Probe, Recipe
@@ -32,41 +33,42 @@ from protojax.workloads.prompts_arms import ARMS, REMEDIES
 
 RESULTS = Path("docs/results/prompts.jsonl")
 STAGES = 4  # evaluations after the one at step 0: detectors of terms want three records
-FASHION = ("default", "original", "single_prompt")
+REAL = ("fashion", "grocery", "grocery_fine")
+REAL_SEEDS = 3
 
-MAIN = ["small:default", "small:original_k8", *(f"small:{a}" for a in REMEDIES), "hard:default", "hard:original",
-        "hard:single_prompt", "standard:default", "matched:default", "fashion:default", "fashion:original",
-        "fashion:single_prompt", "small:entropy_stopped", "small:zero_init", "small:random_control",
-        "small:initialised_control", "wide:default", "wide:original_k32"]  # fmt: skip
+MAIN = ["memory", "small:default", "small:original_k8", *(f"small:{a}" for a in REMEDIES), "hard:default",
+        "hard:original", "hard:single_prompt", "standard:default", "matched:default",
+        *(f"{r}:{a}" for r in REAL for a in ("default", "original", "single_prompt")),
+        *(f"small:{a}" for a in ("entropy_stopped", "zero_init", "random_control", "sinkhorn_only", "many_prompts")),
+        "small:initialised_control", "standard:random_control", "standard:initialised_control", "wide:default",
+        "wide:original_k32"]  # fmt: skip
 REST = [f"small:{arm}" for arm in ARMS if arm not in ("original", "original_k32") and f"small:{arm}" not in MAIN]
-HARD = [f"hard:{arm}" for arm in ("lse", "hard", "centre_price", "uniform_plan", "online_em", "sinkhorn")]
+HARD = [f"hard:{arm}" for arm in ("lse", "hard_assignment", "centre_price", "uniform_plan", "online_em", "sinkhorn")]
+HARD += [f"fashion:{arm}" for arm in ("class_mean_default", "class_mean")]
 
 
 def recipe_of(job: str, seed: int, smoke: bool) -> tuple[Recipe, str]:
     """The recipe of one seed of a job and the command that runs it."""
     preset, arm = job.split(":")
-    name = "prompts_fashion" if preset == "fashion" else "prompts_synthetic"
-    argument = arm if preset == "fashion" else f"{arm},{preset}"
-    spec = importlib.util.spec_from_file_location("config_file", configs_path.find(name))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    cfg = module.get_config(argument + (",smoke" if smoke else ""))
-    cfg.seed = seed
+    changes = {}
+    if arm == "class_mean_default":  # without the gap
+        arm, changes = "default", {"data.source.base": "class_mean"}
+    name = "prompts_synthetic"
+    if preset in REAL:
+        name = "prompts_fashion" if preset == "fashion" else "prompts_quickstart"
+    argument = {"fashion": arm, "grocery": arm, "grocery_fine": f"{arm},fine"}.get(preset, f"{arm},{preset}")
     if preset == "fashion":
-        cfg.data.root = str(fashion_file())
+        changes["data.root"] = str(_FILES["fashion"])
+    module = configs_path.function_of(configs_path.find(name), "get_config", "argument", "config")
+    cfg = module(argument + (",smoke" if smoke else ""))
+    cfg.update_from_flattened_dict({"seed": seed, **changes})
+    flags = "".join(f" --config.{k}={Path(v).name}" for k, v in changes.items())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return experiment.build(freeze(cfg)), f"protojax train --config={name}:{argument} --config.seed={seed}"
+        return experiment.build(freeze(cfg)), f"protojax train --config={name}:{argument} --config.seed={seed}{flags}"
 
 
-def fashion_file() -> Path:
-    """The archive of Fashion-MNIST: --fashion, see `main`."""
-    return _FILES["fashion"]
-
-
-_FILES: dict[str, Path] = {}
+_FILES: dict[str, Path] = {}  # what the command line says, see `main`
 
 
 def run_job(job: str, seeds: list[int], smoke: bool) -> list[dict[str, Any]]:
@@ -107,35 +109,11 @@ def run_job(job: str, seeds: list[int], smoke: bool) -> list[dict[str, Any]]:
                 {"kind": "train", "step": at, "metrics": gradients},
                 {"kind": "eval", "step": at, "metrics": evaluate(recipe, own)},
             ]
-    if job.startswith("fashion"):
-        for i, recipe in enumerate(recipes):
-            histories[i][-1]["metrics"]["prompts"]["kmeans_purity"] = kmeans_purity(recipe, seeds[i])
     took = time.perf_counter() - began
     return [
         _record(job, seed, command, recipe, history, took / len(seeds))
         for seed, (recipe, command), history in zip(seeds, made, histories, strict=True)
     ]
-
-
-def kmeans_purity(recipe: Recipe, seed: int) -> float:
-    """Mode purity of k-means on each class's unit features (K centres, 5 restarts): the control of A13."""
-    from protojax.data.prompts_sources import open_fashion
-    from protojax.evals.kmeans import kmeans
-    from protojax.evals.prompts import purity
-
-    cache = open_fashion(root=fashion_file(), seed=seed)
-    train, test = cache.split("train"), cache.split("test")
-    count, classes = 8, len(cache.class_names)
-    chosen = [np.zeros(len(f.label), np.int64) for f in (train, test)]
-    for c in range(classes):
-        rows = train.label == c
-        found = kmeans(train.image[rows], count, seed=seed, restarts=5)
-        centres = found.centres / np.linalg.norm(found.centres, axis=1, keepdims=True)
-        for part, out in zip((train, test), chosen, strict=True):
-            out[part.label == c] = (part.image[part.label == c] @ centres.T).argmax(axis=1)
-    assert train.mode is not None
-    assert test.mode is not None
-    return purity(chosen[0], train.label, train.mode, chosen[1], test.label, test.mode, classes, count=count)
 
 
 def _batches(recipes: list[Recipe], start: int, stop: int, one: bool = False) -> dict[str, np.ndarray]:
@@ -151,7 +129,14 @@ def evaluate(recipe: Recipe, state: Any) -> dict[str, Any]:
     assert recipe.estimator is not None
     book, _ = recipe.estimator.codebooks(state.estimator, state.params["head"]["prototypes"])
     specs = {k: s.spec for k, s in recipe.sources.items()}
-    probe = Probe(int(state.step), lambda split: None, specs, jax.tree.map(np.asarray, book), {}, {})  # type: ignore[arg-type, return-value]
+    probe = Probe(
+        int(state.step),
+        lambda split: None,
+        specs,
+        jax.tree.map(np.asarray, book),
+        jax.tree.map(np.asarray, recipe.describe(state.estimator)),
+        {},
+    )  # type: ignore[arg-type, return-value]
     numbers: dict[str, Any] = {}
     for evaluation in recipe.evaluations:
         numbers |= evaluation.run(probe, jax.random.key(0))
@@ -166,11 +151,15 @@ def _record(job: str, seed: int, command: str, recipe: Recipe, history: list[dic
         for finding in recipe.diagnose(history[:end]):
             known = found.setdefault(finding["detector"], {"first": history[end - 1]["step"]})
             known |= {"severity": finding["severity"], "evidence": finding["evidence"]}
+    for finding in found.values():
+        finding["at_end"] = not finding["evidence"].startswith("Gone")
+    evals = [(r["step"], r["metrics"]["prompts"]) for r in history if r["kind"] == "eval"]
+    curve = [[step, e["e_step"]["usage_perplexity"], e["e_step"]["effective"], e["accuracy"]["top1"]]
+             for step, e in evals]  # fmt: skip
     return {
         "preset": preset, "arm": arm, "seed": seed, "command": command, "steps": recipe.total_steps,
-        "seconds": round(seconds, 1), "final": history[-1]["metrics"]["prompts"],
-        "initial": history[1]["metrics"]["prompts"], "findings": found, "gradients": history[-2]["metrics"],
-        "jax": jax.__version__,
+        "seconds": round(seconds, 1), "final": evals[-1][1], "initial": evals[0][1], "findings": found,
+        "gradients": history[-2]["metrics"], "curve": curve, "jax": jax.__version__,
     }  # fmt: skip
 
 
@@ -191,23 +180,30 @@ def main() -> None:
     if given.fashion:
         _FILES["fashion"] = given.fashion
     if not given.table:
-        done = {(r["preset"], r["arm"], r["seed"]) for r in read(given.out)}
-        for job in given.jobs:
-            preset, arm = job.split(":")
-            seeds = given.seeds[:3] if preset == "fashion" else given.seeds
-            seeds = [s for s in seeds if (preset, arm, s) not in done]
-            if not seeds or (preset == "fashion" and not given.fashion):
-                continue
-            records = run_job(job, seeds, given.smoke)
-            with given.out.open("a") as file:
-                file.writelines(json.dumps(r) + "\n" for r in records)
-            last = [r["final"] for r in records]
-            print(job, f"usage {np.mean([f['e_step']['usage_perplexity'] for f in last]):.2f}",
-                  f"top-1 {100 * np.mean([f['accuracy']['top1'] for f in last]):.2f}",
-                  f"{records[0]['seconds']} s a seed", flush=True)  # fmt: skip
+        _run_missing(given)
     from benchmarks.prompts_table import write
 
     write(read(given.out), given.out.with_suffix(".md"))
+
+
+def _run_missing(given: argparse.Namespace) -> None:
+    done = {(r["preset"], r["arm"], r["seed"]) for r in read(given.out)}
+    for job in given.jobs:
+        preset, _, arm = job.partition(":")
+        seeds = [0] if job == "memory" else given.seeds[:REAL_SEEDS] if preset in REAL else given.seeds
+        seeds = [s for s in seeds if (preset, arm, s) not in done]
+        if not seeds or (preset == "fashion" and not given.fashion):
+            continue
+        records = [memory_record()] if job == "memory" else run_job(job, seeds, given.smoke)
+        with given.out.open("a") as file:
+            file.writelines(json.dumps(r) + "\n" for r in records)
+        if job == "memory":
+            print(job, f"{records[0]['final']['extra_gib']:.3f} GiB beside the gradient", flush=True)
+            continue
+        last = [r["final"] for r in records]
+        print(job, f"usage {np.mean([f['e_step']['usage_perplexity'] for f in last]):.2f}",
+              f"top-1 {100 * np.mean([f['accuracy']['top1'] for f in last]):.2f}",
+              f"{records[0]['seconds']} s a seed", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     protojax train --config=prompts_fashion --config.data.root=fashion_mnist_28.npz
     protojax train --config=prompts_fashion:original ...   # the published recipe behind a synthetic modality gap
+    protojax prompts show runs/prompts_fashion-default --class=footwear --out=footwear.png
 
 Without a text tower the base is the class mean; the failing arms need the gap and set base='gap' (docs/prompts.md).
 """
@@ -19,7 +20,6 @@ def get_config(argument: str = "") -> ConfigDict:
     c.name = "prompts_fashion"
     c.data.source = component("fashion_superclasses", base="gap", train=600, test=200)
     c.data.batch_size = 64
-    c.method.epochs = 15.0
     prompts_arms.apply(arm, c)
     if "smoke" in flags:
         prompts_arms.smoke(c)

@@ -1,11 +1,13 @@
 """Mixture of prompts on real photographs: the embedded Grocery Store set, 43 coarse classes, 81 fine ones as modes.
 
-    protojax train --config=prompts_quickstart              # K = 8, base = class mean (no text tower is at hand)
-    protojax train --config=prompts_quickstart:fine         # 81 fine classes, with the coarse level in the table
+    protojax train --config=prompts_quickstart              # K = 8, base = class mean: no download, no text tower
+    protojax prompts show runs/prompts_quickstart-default --class=Apple --out=apple.png
+    protojax train --config=prompts_quickstart:fine         # 81 fine classes, descriptions, coarse level in the table
     protojax train --config=prompts_quickstart:smoke
 
-The features are unit pixels: a floor, good for seeing what sub-prompts claim. With a feature cache of a real tower use
-`data.source = component('cache')`, see docs/prompts.md.
+Half a minute of one CPU core: top-1 29 % (nearest class mean 18 %, linear probe 24 %), 7.5 of 8 sub-prompts in use. The
+features are unit pixels: a floor, good for seeing what sub-prompts claim. A feature cache of a real tower comes from
+`protojax embed --weights=FOLDER`, and `data.source = component('cache')` reads it (docs/prompts.md).
 """
 
 from ml_collections import ConfigDict

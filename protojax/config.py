@@ -197,19 +197,25 @@ def parse_argument(argument: str, arms: Iterable[str], flags: Iterable[str] = ("
     """Read what follows the colon of `--config=FILE:ARGUMENT`.
 
     `arm=joint,smoke`, `joint`, `smoke` and `` are all understood. Returns (arm, flags given); the first of `arms` is
-    the default. Raises ValueError naming the choices.
+    the default. Raises ValueError naming the choices, for two arms, and for a name that means an arm and a flag.
     """
     arms, flags = list(arms), list(flags)
+    if both := sorted({*arms} & {*flags}):
+        raise ValueError(f"{both} are arms and flags of this config file at once; rename one of the two.")
     arm, given = arms[0], set()
+    named: list[str] = []
     for part in filter(None, (p.strip() for p in (argument or "").split(","))):
         name = part.removeprefix("arm=")
         if name in arms:
             arm = name
+            named.append(name)
         elif part in flags:
             given.add(part)
         else:
             hint = suggest(name, [*arms, *flags])
             raise ValueError(f"unknown arm or flag {part!r} after the config file{hint}. Arms: {arms}; flags: {flags}.")
+    if len(named) > 1:
+        raise ValueError(f"a run has one arm, but {argument!r} names {named}.")
     return arm, given
 
 

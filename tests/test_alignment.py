@@ -75,7 +75,7 @@ def test_every_other_arm_builds_and_steps(arm):
 @pytest.mark.parametrize("name", ["bos", "constant_image", "shuffled_pairs", "lr_zero"])
 def test_failure_configs_name_what_must_fire(name):
     path = Path(__file__).parent.parent / "configs" / "failures" / f"alignment_{name}.py"
-    assert "Must fire:" in path.read_text()
+    assert "\nFires: " in path.read_text()
     c = config_dict(f"failures/alignment_{name}", "smoke")
     assert c.arm in alignment_arms.ARMS
     assert freeze(c).method.workload == "alignment"

@@ -68,6 +68,13 @@ def test_unknown_arm():
         parse_argument("arm=jiont", ["decoupled", "joint"])
 
 
+def test_one_arm_and_names_that_mean_one_thing():
+    with pytest.raises(ValueError, match=r"a run has one arm, but 'joint,decoupled' names \['joint', 'decoupled'\]"):
+        parse_argument("joint,decoupled", ["decoupled", "joint"])
+    with pytest.raises(ValueError, match=r"\['hard'\] are arms and flags of this config file at once"):
+        parse_argument("", ["default", "hard"], ("smoke", "hard"))
+
+
 def test_options_of_components_are_checked():
     def build(thing, width: int = 3, rate: float = 0.1, name: str = "x"):
         return None

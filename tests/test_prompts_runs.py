@@ -33,7 +33,9 @@ def test_two_steps_a_page_a_classifier_and_a_sheet(tmp_path: Path):
     found = record["prompts"]
     assert found["count"] == 8
     assert found["e_step"]["usage_perplexity"] > 1.0
-    assert set(found["baselines"]) == {"zero_shot", "linear_probe"}
+    assert set(found["baselines"]) == {"zero_shot", "class_mean", "k_means", "linear_probe", "linear_probe_adam"}
+    assert {"top1", "ece", "levels"} <= set(found["baselines"]["linear_probe"]) & set(found["accuracy"])
+    assert 0 <= found["validation"]["top1"] <= 1
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     terms = {k for r in lines if r["kind"] == "train" for k in r["metrics"] if k.startswith("grad_norm/")}
     assert terms == {"grad_norm/mixture", "grad_norm/classification", "grad_norm/offset_penalty"}
@@ -41,8 +43,13 @@ def test_two_steps_a_page_a_classifier_and_a_sheet(tmp_path: Path):
     np.testing.assert_allclose(np.linalg.norm(model.prompts, axis=2), 1.0, rtol=1e-5)
     assert model(np.eye(32, dtype=np.float32)[:2]).shape == (2, 4)
     assert show(tmp_path, "class 00").count("usage") == 8
-    with pytest.raises(ValueError, match=r"no sheet of class 'class 0'.*did you mean"):
+    text = show(tmp_path, "class 00", tmp_path / "sheet.png")
+    assert "the source has no pictures" in text
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match=r"no class 'class 0'.*did you mean"):
         show(tmp_path, "class 0")
+    with pytest.raises(ValueError, match=r"--out=sheet.txt: expected a name that ends in .png"):
+        show(tmp_path, "class 00", Path("sheet.txt"))
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -53,12 +60,33 @@ def test_every_arm_freezes(arm: str):
     assert read_mixture(small(f"{arm},smoke")).num_prompts >= 1
 
 
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [((0.5, 0.5), r"usage_prior: expected K = 8 positive shares"), ((0.2,) * 8, "that add up to 1")],
+)
+def test_a_prior_that_is_none_is_refused(shares: tuple[float, ...], message: str):
+    from protojax.workloads.prompts import read_mixture
+
+    with pytest.raises(ValueError, match=message):
+        read_mixture(small("smoke", usage_prior=shares))
+    assert read_mixture(small("smoke", usage_prior=(0.125,) * 8)).usage_prior == (0.125,) * 8
+
+
 def test_wrong_options_are_named():
     c = config_dict("prompts_synthetic", "smoke")
     c.unlock()
     c.method.prompts.prise = 3.0
     with pytest.raises(ValueError, match=r"no option 'prise' .did you mean 'price'"):
         experiment.build(freeze(c))
+
+
+def test_terms_are_not_probed_where_nothing_has_a_gradient():
+    """Offsets that online EM moves are no parameters: a gradient of 0 is no finding about the terms."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        built = {arm: experiment.build(small(f"{arm},smoke")) for arm in ("default", "online_em")}
+    assert built["online_em"].objective.terms is None
+    assert built["default"].objective.terms is not None
 
 
 @pytest.mark.slow

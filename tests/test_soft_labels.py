@@ -243,7 +243,7 @@ def test_failures_fire_what_their_headers_say_and_the_default_is_silent(tmp_path
         c.method.epochs = 4.0
         (record,) = train_seeds(freeze(c), (0,))
         header = __import__("protojax.configs_path", fromlist=["find"]).find(f"failures/soft_labels_{name}").read_text()
-        wanted = header.split("Must fire: ")[1].split(".")[0].split(", ")
+        wanted = header.split("\nFires: ")[1].split("\n")[0].split(", ")
         assert set(wanted) <= {f["detector"] for f in record["findings"]}, name
     c = config_dict("soft_labels_quickstart")
     c.method.epochs = 30.0

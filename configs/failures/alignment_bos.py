@@ -3,7 +3,9 @@ ln B.
 
     protojax train --config=failures/alignment_bos
 
-Must fire: constant_side (text), chance_loss, chance_retrieval. The cure: configs/alignment_quickstart.py.
+Fires: constant_side, chance_loss, chance_retrieval, equal_parts
+
+The cure: configs/alignment_quickstart.py.
 """
 
 from ml_collections import ConfigDict

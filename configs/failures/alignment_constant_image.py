@@ -2,7 +2,9 @@
 
     protojax train --config=failures/alignment_constant_image
 
-Must fire: constant_side (image), chance_loss, chance_retrieval. The cure: configs/alignment_quickstart.py.
+Fires: constant_side, chance_loss, chance_retrieval, flat_attention
+
+The cure: configs/alignment_quickstart.py.
 """
 
 from ml_collections import ConfigDict

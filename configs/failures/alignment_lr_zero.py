@@ -2,7 +2,9 @@
 
     protojax train --config=failures/alignment_lr_zero
 
-Must fire: milestone. The cure: configs/alignment_quickstart.py.
+Fires: milestone
+
+The cure: configs/alignment_quickstart.py.
 """
 
 from ml_collections import ConfigDict

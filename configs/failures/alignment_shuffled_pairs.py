@@ -2,7 +2,9 @@
 
     protojax train --config=failures/alignment_shuffled_pairs
 
-Must fire: chance_retrieval. The cure: configs/alignment_quickstart.py.
+Fires: chance_retrieval
+
+The cure: configs/alignment_quickstart.py.
 """
 
 from ml_collections import ConfigDict

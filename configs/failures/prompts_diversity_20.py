@@ -2,7 +2,9 @@
 
     protojax train --config=failures/prompts_diversity_20
 
-Must fire: diverse_unused. The cure: configs/prompts_synthetic.py (arm default).
+Fires: diverse_unused
+
+The cure: configs/prompts_synthetic.py (arm default).
 """
 
 from ml_collections import ConfigDict

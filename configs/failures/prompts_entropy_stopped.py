@@ -2,7 +2,9 @@
 
     protojax train --config=failures/prompts_entropy_stopped
 
-Must fire: dead_term. The cure: configs/prompts_synthetic.py (arm default).
+Fires: dead_term
+
+The cure: configs/prompts_synthetic.py (arm default).
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,9 @@
 
     protojax train --config=failures/prompts_winner_takes_all
 
-Must fire: winner_take_all. The cure: configs/prompts_synthetic.py (arm default).
+Fires: winner_take_all
+
+The cure: configs/prompts_synthetic.py (arm default).
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,9 @@
 
     protojax train --config=failures/prompts_zero_init
 
-Must fire: identical_prompts. The cure: configs/prompts_synthetic.py (arm default).
+Fires: identical_prompts
+
+The cure: configs/prompts_synthetic.py (arm default).
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """Logit normalisation over raw inputs: one constant, nearly uniform prediction for every place.
 
-Must fire: constant, uniform_by_construction, dead_penalty.
+Fires: constant, uniform_by_construction, dead_penalty
 
     protojax train --config=failures/soft_labels_constant
     protojax doctor runs/failures/soft_labels_constant-original_logitnorm
@@ -12,4 +12,4 @@ from protojax import failures
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    return failures.soft_labels("constant", "original_logitnorm", "seven", argument)
+    return failures.soft_labels("constant", "original_logitnorm", argument, preset="seven")

@@ -1,6 +1,6 @@
 """Raw inputs: columns of 1e4 beside shares become logits of thousands, and predictions one-hot.
 
-Must fire: one_hot, exploding_logits, unscaled_inputs.
+Fires: one_hot, exploding_logits, unscaled_inputs, clamp_ceiling, below_constant
 
     protojax train --config=failures/soft_labels_onehot
     protojax doctor runs/failures/soft_labels_onehot-original_first
@@ -12,4 +12,4 @@ from protojax import failures
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    return failures.soft_labels("onehot", "original_first", "seven", argument)
+    return failures.soft_labels("onehot", "original_first", argument, preset="seven")

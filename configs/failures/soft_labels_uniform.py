@@ -1,6 +1,6 @@
 """Standardised inputs, but logit norm / temperature = 0.25 allows no probability above 0.157.
 
-Must fire: uniform_by_construction.
+Fires: uniform_by_construction
 
     protojax train --config=failures/soft_labels_uniform
     protojax doctor runs/failures/soft_labels_uniform-tiny_scale
@@ -12,4 +12,4 @@ from protojax import failures
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    return failures.soft_labels("uniform", "tiny_scale", "iid", argument)
+    return failures.soft_labels("uniform", "tiny_scale", argument, preset="iid")

@@ -47,10 +47,11 @@ def read_orbax(path: Path) -> TensorFile:
     import orbax.checkpoint as ocp
     from etils import epath
 
+    given, path = path, path.resolve()  # Orbax reads absolute paths alone
     items = _items(path)
     if not items:
         raise FileError(
-            f"{path} is a folder without a checkpoint: expected a file, the workdir of a run of protojax, or an Orbax "
+            f"{given} is a folder without a checkpoint: expected a file, the workdir of a run of protojax, or an Orbax "
             "checkpoint (a folder that holds _METADATA)."
         )
     tensors: dict[str, Tensor] = {}
@@ -66,6 +67,33 @@ def read_orbax(path: Path) -> TensorFile:
             read = partial(_read_leaf, item, keys)
             tensors[name] = Tensor(shape, str(np.dtype(leaf.dtype)), read)
     return TensorFile("Orbax checkpoint", tensors)
+
+
+def not_finite(path: Path) -> list[str]:
+    """Names of the arrays of an Orbax checkpoint that hold NaN or infinity, in the order of its tree; all are read at
+    once. Raises FileError for a folder that is none, or that is damaged."""
+    import jax
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    items = _items(path.resolve())  # Orbax reads absolute paths alone
+    if not items:
+        raise FileError(f"{path} is a folder without a checkpoint: expected one that holds _METADATA below it.")
+    bad = []
+    for item in items:
+        with reading(item, "Orbax"):
+            handler = ocp.PyTreeCheckpointHandler()
+            metadata = handler.metadata(epath.Path(item))
+            wanted = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), getattr(metadata, "tree", metadata)
+            )
+            with ocp.Checkpointer(handler) as reader:
+                found = reader.restore(epath.Path(item), args=ocp.args.PyTreeRestore(restore_args=wanted))
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(found):
+            array = plain(np.asarray(leaf))
+            if array.dtype.kind in "fc" and not np.isfinite(array).all():
+                bad.append(jax.tree_util.keystr(keys, simple=True, separator="/"))
+    return bad
 
 
 def _items(path: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 HELP = "say what is wrong with a run, and what to try"
@@ -17,6 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the findings in order of consequence; 0 for a healthy run, 1 for another."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the accelerator may be busy with the run that is examined
     from protojax.reporting.doctor import examine, lines
 
     seen = examine(options.workdir)

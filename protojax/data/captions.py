@@ -86,20 +86,25 @@ def texts_of(captions: Sequence[str], text: str, vocabulary: int, longest: int, 
 
 def read_rows(table: Path) -> Iterable[tuple[str, str, str]]:
     """(path, caption, split or '') of every row of a captions file. Raises ValueError for missing columns."""
+    return _columns(table_rows(table), table)
+
+
+def table_rows(table: Path) -> list[Mapping[str, Any]]:
+    """The rows of a CSV (with a header), JSON lines or Parquet file. Raises ValueError for a missing or other file."""
     if not table.is_file():
         raise ValueError(f"no such file: {table}")
     if table.suffix == ".csv":
         with table.open(newline="", encoding="utf-8-sig") as file:
-            yield from _columns(list(csv.DictReader(file)), table)
+            return list(csv.DictReader(file))
     elif table.suffix in (".jsonl", ".json"):
         with table.open(encoding="utf-8") as file:
-            yield from _columns([_json(line, i, table) for i, line in enumerate(file, 1) if line.strip()], table)
+            return [_json(line, i, table) for i, line in enumerate(file, 1) if line.strip()]
     elif table.suffix == ".parquet":
         try:
             import pyarrow.parquet as parquet
         except ImportError:
             raise ValueError(f"{table}: reading Parquet needs pyarrow: pip install pyarrow, or save CSV") from None
-        yield from _columns(parquet.read_table(table).to_pylist(), table)
+        return parquet.read_table(table).to_pylist()
     else:
         raise ValueError(f"{table}: expected .csv, .jsonl or .parquet")
 

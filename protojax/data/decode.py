@@ -29,7 +29,7 @@ def fit(image: Image.Image, height: int, width: int) -> np.ndarray:
 
     With a square canvas: the short side becomes `height`, then a centre crop. An image of the right size is unchanged.
     """
-    image = _colour(image)
+    image = to_colour(image)
     if image.size != (width, height):
         scale = max(width / image.width, height / image.height)
         covering = (max(round(image.width * scale), width), max(round(image.height * scale), height))
@@ -39,7 +39,8 @@ def fit(image: Image.Image, height: int, width: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def _colour(image: Image.Image) -> Image.Image:
+def to_colour(image: Image.Image) -> Image.Image:
+    """RGB; 16-bit grey is scaled to 8 bits."""
     if image.mode.startswith("I;16"):  # Pillow clips 16-bit grey at 255 instead of scaling it
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
@@ -52,7 +53,7 @@ def whole(image: Image.Image, canvas: int) -> tuple[np.ndarray, tuple[int, int]]
     draw their crops in that geometry and undo the distortion in the same resampling (`views_geometry.crop_resize`), so
     that nothing is cut off before the random crop.
     """
-    image = _colour(image)
+    image = to_colour(image)
     scale = canvas / min(image.size)
     extent = (max(round(image.height * scale), canvas), max(round(image.width * scale), canvas))
     if image.size != (canvas, canvas):
@@ -80,6 +81,12 @@ def content_shapes(height: int, width: int, how: Fit) -> dict[str, jax.ShapeDtyp
         raise ValueError(f"fit must be 'crop' (short side, centre square) or 'whole' (no part is lost), got {how!r}")
     extent = {"extent": jax.ShapeDtypeStruct((2,), np.int32)} if how == "whole" else {}
     return {**image_shapes(height, width), **extent}
+
+
+def prepared(file: str | Path, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """An image file, opened and handed to `prepare`. Raises whatever Pillow raises."""
+    with Image.open(file) as image:
+        return prepare(image)
 
 
 class TooManyCorrupt(ValueError):

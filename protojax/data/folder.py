@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from protojax.data import decode
 from protojax.data.annotations import read_annotations
@@ -31,6 +33,7 @@ def open_image_folder(
     cache: bool = False,
     workers: int | None = None,
     fit: decode.Fit = "crop",
+    prepare: Callable[[Image.Image], np.ndarray] | None = None,
 ) -> Records:
     """Image files (jpg, jpeg, png, webp, bmp), decoded when needed to uint8 [canvas,canvas,3].
 
@@ -47,7 +50,8 @@ def open_image_folder(
     keeps everything, with `extent` in the batch, for random crops of the original image (`decode.whole`). labels:
     'none' reads every file below the split and gives no labels. on_corrupt: 'skip' (see `Records.take`) or 'error'.
     verify: decode everything once now, so that damaged files are left out (or fatal) from the start. cache: keep
-    decoded images in memory. workers: decoding threads.
+    decoded images in memory. workers: decoding threads. prepare: makes the stored square of an opened
+    image, instead of `fit`.
 
     Raises ValueError when the root, split or images are missing, a class folder is empty, images stand outside class
     folders, or the split has a class that the training split lacks.
@@ -67,7 +71,11 @@ def open_image_folder(
         if not (root / files[0]).is_file():
             raise ValueError(f"{listed} lists {files[0]!r}, which is not below {root}; unpack the images there")
     reader = decode.ImageReader(
-        lambda row: decode.decode(base / files[row], canvas, canvas, fit),
+        lambda row: (
+            decode.prepared(base / files[row], prepare)
+            if prepare
+            else decode.decode(base / files[row], canvas, canvas, fit)
+        ),
         lambda row: str(base / files[row]),
         len(files),
         (canvas, canvas),
@@ -80,6 +88,12 @@ def open_image_folder(
     shapes = decode.content_shapes(canvas, canvas, fit)
     records = make_records(name, len(files), shapes, reader, label_arrays, classes, reader.problems)
     return _verified(records) if verify else records
+
+
+def image_files(root: str | Path, split: str) -> list[Path]:
+    """Files of a split in the order of its records (without `annotations`). Raises what `open_image_folder` does."""
+    base, files, _, _ = _from_folders(Path(root), split, True)
+    return [base / file for file in files]
 
 
 def _from_folders(

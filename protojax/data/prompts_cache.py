@@ -10,19 +10,24 @@ One archive (.npz) holds everything, so that a user's own tower can fill it:
     mode [N] integers                  what a sub-prompt should find, for evaluation alone; optional
     level_<name> [C] text              a coarser level of the hierarchy, such as genus; optional
     fingerprint text                   encoder and preprocessing that made the features; optional
+    about text                         JSON: from which data, weights and templates; optional
+    description [C] text, mode_name [C,M] text ('' beyond a class's modes): for reports; optional
+    thumbnail [N,h,w,3] uint8          small pictures for reports, or
+    path [N] text                      their files, absolute or relative to the archive; optional, read when drawn
 """
 
 from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from protojax.config import suggest
+from protojax.data.prompts_thumbnails import PATH, THUMBNAIL, of_archive
 
 NORM_TOLERANCE = 1e-2  # float16 rows of a unit vector in 512 dimensions differ from 1 by at most 5e-4
 
@@ -36,7 +41,9 @@ class Features(NamedTuple):
 
 
 class FeatureCache(NamedTuple):
-    """splits by name; base float32 [C,D] or None; class_names [C]; levels: name -> coarser class of each class."""
+    """splits by name; base float32 [C,D] or None; class_names [C]; levels: name -> coarser class of each class.
+
+    For reports alone: pictures(split, rows) -> uint8 [n,h,w,3]; descriptions [C]; mode_names: of each class's modes."""
 
     name: str
     splits: Mapping[str, Features]
@@ -44,6 +51,10 @@ class FeatureCache(NamedTuple):
     class_names: tuple[str, ...]
     levels: Mapping[str, tuple[str, ...]] = {}
     fingerprint: str = ""
+    about: str = ""
+    pictures: Callable[[str, np.ndarray], np.ndarray] | None = None
+    descriptions: tuple[str, ...] = ()
+    mode_names: tuple[tuple[str, ...], ...] = ()
 
     def split(self, name: str) -> Features:
         """One split. Raises ValueError with the known ones."""
@@ -65,7 +76,8 @@ def open_cache(path: str | Path, *, normalise: bool = False, fingerprint: str = 
         raise ValueError(f"no such feature cache: {path}; fill one with `protojax embed`, or save one with save_cache")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
+            arrays = {key: archive[key] for key in archive.files if key != THUMBNAIL}
+            drawn = THUMBNAIL in archive.files or PATH in archive.files
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a readable .npz archive ({error}); write it again") from error
     missing = [key for key in ("image", "label", "class_names") if key not in arrays]
@@ -86,12 +98,18 @@ def open_cache(path: str | Path, *, normalise: bool = False, fingerprint: str = 
     levels = {k.removeprefix("level_"): tuple(str(v) for v in arrays[k]) for k in arrays if k.startswith("level_")}
     names = tuple(str(n) for n in arrays["class_names"])
     base = arrays["base"].astype(np.float32) if "base" in arrays else None
-    cache = FeatureCache(path.stem, splits, base, names, levels, made_by)
+    about = str(arrays["about"]) if "about" in arrays else ""
+    pictures = of_archive(path, parts) if drawn else None
+    descriptions = tuple(str(d) for d in arrays.get("description", ()))
+    modes = tuple(tuple(str(n) for n in own if str(n)) for own in arrays.get("mode_name", ()))
+    cache = FeatureCache(path.stem, splits, base, names, levels, made_by, about, pictures, descriptions, modes)
     return check_cache(normalised(cache) if normalise else cache)
 
 
-def save_cache(path: str | Path, cache: FeatureCache, dtype: type = np.float16) -> None:
-    """Write a cache as one archive; features as `dtype`."""
+def save_cache(
+    path: str | Path, cache: FeatureCache, dtype: type = np.float16, drawn: Mapping[str, np.ndarray] | None = None
+) -> None:
+    """Write a cache as one archive; features as `dtype`. drawn: `thumbnail` or `path` of all rows, split by split."""
     parts = list(cache.splits.items())
     arrays = {
         "image": np.concatenate([f.image for _, f in parts]).astype(dtype),
@@ -99,10 +117,17 @@ def save_cache(path: str | Path, cache: FeatureCache, dtype: type = np.float16) 
         "split": np.concatenate([np.full(len(f.label), name) for name, f in parts]),
         "class_names": np.asarray(cache.class_names),
         "fingerprint": np.asarray(cache.fingerprint),
+        "about": np.asarray(cache.about),
         **{f"level_{name}": np.asarray(values) for name, values in cache.levels.items()},
+        **(drawn or {}),
     }
     if cache.base is not None:
         arrays["base"] = cache.base.astype(np.float32)
+    if cache.descriptions:
+        arrays["description"] = np.asarray(cache.descriptions)
+    if cache.mode_names:
+        most = max(map(len, cache.mode_names))
+        arrays["mode_name"] = np.asarray([[*own, *[""] * (most - len(own))] for own in cache.mode_names])
     if all(f.mode is not None for _, f in parts):
         arrays["mode"] = np.concatenate([np.asarray(f.mode) for _, f in parts])
     np.savez(path, **arrays)  # type: ignore[arg-type]
@@ -186,12 +211,16 @@ def _without(cache: FeatureCache, dropped: set[int]) -> FeatureCache:
     kept = np.asarray([c for c in range(len(cache.class_names)) if c not in dropped])
     number = np.full(len(cache.class_names), -1, np.int32)
     number[kept] = np.arange(len(kept))
-    splits = {}
+    splits, rows_of = {}, {}
     for name, f in cache.splits.items():
-        rows = number[f.label] >= 0
+        rows = rows_of[name] = np.flatnonzero(number[f.label] >= 0)
         splits[name] = Features(f.image[rows], number[f.label[rows]], None if f.mode is None else f.mode[rows])
+    draw = cache.pictures
     return cache._replace(
         splits=splits,
+        pictures=None if draw is None else lambda split, rows: draw(split, rows_of[split][rows]),
+        descriptions=tuple(cache.descriptions[int(c)] for c in kept) if cache.descriptions else (),
+        mode_names=tuple(cache.mode_names[int(c)] for c in kept) if cache.mode_names else (),
         base=None if cache.base is None else cache.base[kept],
         class_names=tuple(cache.class_names[int(c)] for c in kept),
         levels={k: tuple(v[int(c)] for c in kept) for k, v in cache.levels.items()},

@@ -48,7 +48,7 @@ def open_fashion(*, root: str | Path | None, seed: int, base: str = "class_mean"
     if not root:
         raise ValueError("data source 'fashion_superclasses' needs data.root, the archive fashion_mnist_28.npz")
     names = tuple(FASHION)
-    splits = {}
+    splits, found = {}, {}
     for split, number in (("train", train), ("test", test)):
         records = open_npz(root, split)
         fine = records.classes["fine"]
@@ -57,9 +57,17 @@ def open_fashion(*, root: str | Path | None, seed: int, base: str = "class_mean"
         for c, members in enumerate(FASHION.values()):
             for m, member in enumerate(members):
                 group[fine.index(member)], mode[fine.index(member)] = c, m
+        found[split] = records, rows
         label = records.labels["fine"][rows]
         splits[split] = Features(_pixels(records, rows, grey=True), group[label], mode[label])
-    return with_base(check_cache(FeatureCache("fashion_superclasses", splits, None, names)), base, seed=seed)
+
+    def pictures(split: str, rows: np.ndarray) -> np.ndarray:
+        records, kept = found[split]
+        return _colour(records.take(kept[rows])["image"])
+
+    cache = FeatureCache("fashion_superclasses", splits, None, names, pictures=pictures,
+                         mode_names=tuple(FASHION.values()))  # fmt: skip
+    return with_base(check_cache(cache), base, seed=seed)
 
 
 def open_grocery(*, seed: int, base: str = "class_mean", label: str = "coarse", side: int = 16) -> FeatureCache:
@@ -78,7 +86,15 @@ def open_grocery(*, seed: int, base: str = "class_mean", label: str = "coarse", 
     names = records["train"].classes[label]
     coarse = records["train"].classes["coarse"]
     levels = {"coarse": tuple(coarse[c] for c in to_coarse)} if label == "fine" else {}
-    return with_base(check_cache(FeatureCache(f"grocery_{label}", splits, None, names, levels)), base, seed=seed)
+    fine_names = records["train"].classes["fine"]
+    members = tuple(tuple(n for n, c in zip(fine_names, to_coarse, strict=True) if c == g) for g in range(len(names)))
+    cache = FeatureCache(
+        f"grocery_{label}", splits, None, names, levels,
+        pictures=lambda split, rows: _colour(records[split].take(rows)["image"]),
+        descriptions=embedded.hierarchy().descriptions if label == "fine" else (),
+        mode_names=members if label == "coarse" else (),
+    )  # fmt: skip
+    return with_base(check_cache(cache), base, seed=seed)
 
 
 SOURCES: dict[str, Callable[..., FeatureCache]] = {
@@ -92,6 +108,11 @@ SOURCES: dict[str, Callable[..., FeatureCache]] = {
 def _first(labels: np.ndarray, number: int) -> np.ndarray:
     """Rows of the first `number` images of each class."""
     return np.sort(np.concatenate([np.flatnonzero(labels == c)[:number] for c in np.unique(labels)]))
+
+
+def _colour(images: np.ndarray) -> np.ndarray:
+    """uint8 [N,H,W,3] of images with one or three channels."""
+    return images if images.shape[-1] == 3 else np.repeat(images[..., :1], 3, axis=-1)
 
 
 def _pixels(records: Records, rows: np.ndarray, *, side: int | None = None, grey: bool = False) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from protojax.data.pairs import Texts
 PADDING, START, END = "[PAD]", "[START]", "[END]"
 
 
-def _library() -> Any:
+def tokenizers_library() -> Any:
+    """The package `tokenizers`. Raises ValueError with what to install."""
     try:
         import tokenizers
     except ImportError:
@@ -30,7 +31,7 @@ def train_tokenizer(captions: Sequence[str], vocabulary: int = 8000) -> Any:
     marks)."""
     if vocabulary < 300:
         raise ValueError(f"a byte-level vocabulary needs at least 300 pieces, got {vocabulary}")
-    library = _library()
+    library = tokenizers_library()
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.normalizer = library.normalizers.Sequence([library.normalizers.NFKC(), library.normalizers.Lowercase()])
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -50,34 +51,49 @@ def load_tokenizer(path: str | Path) -> Any:
             f"no such tokenizer file: {path} (text must be 'hashed', 'bpe' or the path of a tokenizer.json)"
         )
     try:
-        return _library().Tokenizer.from_file(str(path))
+        return tokenizers_library().Tokenizer.from_file(str(path))
     except ValueError:
         raise
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path} is not a tokenizer.json ({error})") from error
 
 
-def tokenise(tokenizer: Any, captions: Sequence[str], longest: int) -> tuple[np.ndarray, np.ndarray, int]:
+class Marks(NamedTuple):
+    """Ids of the marks around a caption; start None: captions begin with their first piece."""
+
+    start: int | None
+    end: int
+    padding: int
+
+
+def tokenise(
+    tokenizer: Any, captions: Sequence[str], longest: int, marks: Marks | None = None
+) -> tuple[np.ndarray, np.ndarray, int]:
     """(ids int32 [T,longest], mask bool [T,longest], captions that were cut): start, pieces, end, padding. A caption
-    that does not fit is cut and keeps its end token. Raises ValueError for `longest` below 3."""
+    that does not fit is cut and keeps its end token. marks: found by their usual names unless given. Raises ValueError
+    for `longest` below 3, and for a tokenizer without marks."""
     if longest < 3:
         raise ValueError(f"max_length must be at least 3 (start, one piece, end), got {longest}")
-    start, end, padding = (_mark(tokenizer, names) for names in (
-        (START, "<|startoftext|>", "[CLS]", "<s>"), (END, "<|endoftext|>", "[SEP]", "</s>"),
-        (PADDING, "<pad>", "<|endoftext|>")
-    ))  # fmt: skip
+    if marks is None:
+        marks = Marks(*(find_mark(tokenizer, names) for names in (
+            (START, "<|startoftext|>", "[CLS]", "<s>"), (END, "<|endoftext|>", "[SEP]", "</s>"),
+            (PADDING, "<pad>", "<|endoftext|>")
+        )))  # fmt: skip
+    first = [] if marks.start is None else [marks.start]
+    room, padding = longest - 1 - len(first), marks.padding
     ids = np.full((len(captions), longest), padding, np.int32)
     mask = np.zeros((len(captions), longest), bool)
     cut = 0
     for row, encoding in enumerate(tokenizer.encode_batch(list(captions), add_special_tokens=False)):
         pieces = encoding.ids
-        cut += len(pieces) > longest - 2
-        own = [start, *pieces[: longest - 2], end]
+        cut += len(pieces) > room
+        own = [*first, *pieces[:room], marks.end]
         ids[row, : len(own)], mask[row, : len(own)] = own, True
     return ids, mask, cut
 
 
-def _mark(tokenizer: Any, names: Sequence[str]) -> int:
+def find_mark(tokenizer: Any, names: Sequence[str]) -> int:
+    """The id of the first of these tokens that the tokenizer has. Raises ValueError when it has none."""
     for name in names:
         found = tokenizer.token_to_id(name)
         if found is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from protojax.api import Evaluation, Key, Probe
 from protojax.evals.rank import effective_rank, spread
 from protojax.evals.retrieval_pairs import RECALLS, pair_retrieval, prefix_units, zero_shot
-from protojax.ops.contrastive import nested_contrastive
+from protojax.ops.contrastive import ContrastiveLosses, nested_contrastive
 
 SIDE_ROWS = 1024  # enough for a rank up to a few hundred; more only costs time
 
@@ -37,11 +38,6 @@ def held_out_losses(
     """The training loss by its own code on held-out pairs, in batches of the training size in order (the last may be
     partial and counts by its pairs): {'contrastive_full', 'prefix_<d>', 'chance', 'above_chance'}."""
     ascending = tuple(sorted(widths))
-
-    @jax.jit
-    def one(image, text, ids, mask):
-        return nested_contrastive(image, text, widths=ascending, sharpness=sharpness, caption_id=ids, mask=mask)
-
     sums, chance, count = np.zeros(len(ascending)), 0.0, 0.0
     for first in range(0, len(image), batch):
         rows = slice(first, first + batch)
@@ -52,12 +48,20 @@ def held_out_losses(
         parts = [
             fill(np.asarray(a[rows], t)) for a, t in ((image, np.float32), (text, np.float32), (caption_id, np.int32))
         ]
-        found = one(*map(jnp.asarray, parts), jnp.arange(batch) < size)
+        found = _losses(*map(jnp.asarray, parts), jnp.arange(batch) < size, widths=ascending, sharpness=sharpness)
         sums += size * np.asarray(found.losses, np.float64)
         chance, count = chance + size * float(found.chance), count + size
     values = {f"prefix_{d}": float(s / count) for d, s in zip(ascending, sums, strict=True)}
     full = values[f"prefix_{ascending[-1]}"]
     return {"contrastive_full": full, **values, "chance": chance / count, "above_chance": full - chance / count}
+
+
+@partial(jax.jit, static_argnames=("widths", "sharpness"))
+def _losses(
+    image: jax.Array, text: jax.Array, ids: jax.Array, mask: jax.Array, *, widths: tuple[int, ...], sharpness: float
+) -> ContrastiveLosses:
+    """Compiled once, not at every evaluation."""
+    return nested_contrastive(image, text, widths=widths, sharpness=sharpness, caption_id=ids, mask=mask)
 
 
 def alignment_evaluation(

@@ -47,11 +47,14 @@ def chance_loss(history: History, t: Thresholds) -> Seen:
 
 
 def dead_term(history: History, t: Thresholds) -> Seen:
-    """A weighted term whose gradient norm is exactly 0 in the last `records` records."""
+    """A weighted term whose gradient norm is exactly 0 in the last `records` records, over `steps` steps or more."""
     for term, points in _terms(history):
         tail = points[-int(t["records"]) :]
-        if len(tail) == t["records"] and all(p.value == 0.0 for p in tail):
-            return {"term": term, "since": history.since("zero", f"grad_norm/{term}", lambda value: value == 0.0)}
+        since = history.since("zero", f"grad_norm/{term}", lambda value: value == 0.0)
+        if since is None or len(tail) < t["records"] or any(p.value != 0.0 for p in tail):
+            continue
+        if tail[-1].step - since >= t["steps"]:
+            return {"term": term, "since": since}
     return None
 
 
@@ -87,11 +90,28 @@ def dead_parameter(history: History, t: Thresholds) -> Seen:
 
 
 def starving_input(history: History, t: Thresholds) -> Seen:
-    """Share of the window spent waiting for data above `share` in each of the last `records` windows."""
-    tail = [p.value for p in history.finite("input_wait")[-int(t["records"]) :]]
-    if len(tail) < t["records"] or min(tail) <= t["share"]:
-        return None
-    return {"share": sum(tail) / len(tail)}
+    """Share of the time spent waiting for data above `share` in each of the last `records` windows and over the last
+    windows that together last `seconds`, where a step waits `wait` seconds or more.
+
+    Window: from one training record to the next; `seconds` of a record is the training time so far.
+    """
+    lasted = waited = steps = 0.0
+    count = 0
+    newest: tuple[Point, Point] | None = None
+    for wait, clock in zip(reversed(history.finite("input_wait")), reversed(history.finite("seconds")), strict=False):
+        if wait.step != clock.step:
+            return None
+        if newest is not None:
+            took = newest[1].value - clock.value
+            if took <= 0.0 or (newest[0].value <= t["share"] and count < t["records"]):
+                return None  # not starving, or another process that resumed the run
+            lasted, waited, count = lasted + took, waited + newest[0].value * took, count + 1
+            steps += newest[0].step - wait.step
+            if count >= t["records"] and lasted >= t["seconds"]:
+                enough = waited > t["share"] * lasted and waited >= t["wait"] * steps
+                return {"share": waited / lasted, "wait": waited / steps, "seconds": lasted} if enough else None
+        newest = wait, clock
+    return None
 
 
 # -------------------------------------------------------------------------------------------------- encoder
@@ -122,7 +142,12 @@ def constant_side(history: History, t: Thresholds) -> Seen:
 
 def nothing_learned(history: History, t: Thresholds) -> Seen:
     """Mean cosine of features, coverage and nearest-prototype cosine all within `change` of their first values, at
-    least `steps` steps later. All three: frozen prototypes keep the last one for ever and may still teach."""
+    least `steps` steps later. All three: frozen prototypes keep the last one for ever and may still teach.
+
+    Or the update of the parameters exactly 0 for `steps` steps up to now: batch norm alone may then move features."""
+    since = history.since("still", "update_norm", lambda value: value == 0.0)
+    if since is not None and (still := history.series("update_norm")[-1].step - since) >= t["steps"]:
+        return {"what": f"no parameter has moved for {still} steps: every update is exactly 0"}
     names = ("rank/image/mean_cosine", "prototypes/coverage", "prototypes/nearest_cosine/0.5")
     series = [history.finite(name) for name in names]
     if min(_lasted(points) for points in series[:2]) < t["steps"]:
@@ -131,8 +156,9 @@ def nothing_learned(history: History, t: Thresholds) -> Seen:
         # Near 0 a relative change means nothing: 0.1 is the least scale that cosines are judged by.
         if points and abs(points[-1].value - points[0].value) > t["change"] * max(abs(points[0].value), 0.1):
             return None
-    steps = series[0][-1].step - series[0][0].step
-    return {"steps": steps, "cosine": series[0][-1].value, "coverage": series[1][-1].value}
+    steps, cosine, coverage = series[0][-1].step - series[0][0].step, series[0][-1].value, series[1][-1].value
+    what = f"after {steps} steps the features' mean cosine ({cosine:.4f}) and the coverage ({coverage:.4f}) are within "
+    return {"what": f"{what}{t['change']:.0%} of their values at initialisation"}
 
 
 # ----------------------------------------------------------------------------------------------- prototypes
@@ -162,13 +188,15 @@ def dead_prototypes(history: History, t: Thresholds) -> Seen:
 
 
 def duplicate_prototypes(history: History, t: Thresholds) -> Seen:
-    """Unique share of live prototypes at epsilon 0.025 below `share` at the last two checks, or lower than before at
-    each of the last `checks` checks and by `fall` in all; `steps` steps or more after the first evaluation, which
-    shows the start."""
+    """More than `copies` live prototypes repeat another at epsilon 0.025, and the unique share is below `share` at the
+    last two checks, or lower than before at each of the last `checks` checks and by `fall` in all; `steps` steps or
+    more after the first evaluation, which shows the start."""
     live = {p.step: p.value for p in history.finite("prototypes/live")}
     unique = history.finite("prototypes/live_unique/0.025")
     shares = [p.value / live[p.step] for p in unique if live.get(p.step, 0.0) > 0.0]
     if not shares or unique[-1].step not in live or live[unique[-1].step] <= 0.0 or _lasted(unique) < t["steps"]:
+        return None
+    if live[unique[-1].step] - unique[-1].value <= t["copies"]:
         return None
     tail = shares[-int(t["checks"]) - 1 :]
     falling = len(tail) > t["checks"] and all(b < a for a, b in itertools.pairwise(tail))
@@ -192,11 +220,11 @@ def statistics_underflow(history: History, t: Thresholds) -> Seen:
 
 
 def one_hot(history: History, t: Thresholds) -> Seen:
-    """Mean largest responsibility above `largest` in every record from the first, at least `records` of them, while
-    the perplexity of usage is below `perplexity` of K.
+    """Mean largest responsibility above `largest` in every record after the first step (one batch against the start),
+    at least `records` of them, while the perplexity of usage is below `perplexity` of K.
 
     Both entropies, always: decided rows over evenly used prototypes are what a balanced, sharp E-step gives."""
-    points = history.finite("estimator/max_responsibility")
+    points = [p for p in history.finite("estimator/max_responsibility") if p.step > 1]
     usage, count = history.last("estimator/usage_perplexity"), history.last("prototypes/count")
     if len(points) < t["records"] or usage is None or not count or usage >= t["perplexity"] * count:
         return None

@@ -96,6 +96,7 @@ GENERAL: tuple[Detector, ...] = (
         "duplicate_prototypes", "error",
         {
             "share": Threshold(0.90, "one live prototype in ten repeats another"),
+            "copies": Threshold(2, "one or two copies are flicker, also among few prototypes"),
             "checks": Threshold(3, "three falls in a row are a trend, not noise"),
             "fall": Threshold(0.02, "a fall of one or two prototypes is flicker"),
             "steps": Threshold(50, _SOON),
@@ -133,7 +134,10 @@ GENERAL: tuple[Detector, ...] = (
     ),
     Detector(
         "dead_term", "warning",
-        {"records": Threshold(3, "once may be chance: a hinge that was not reached")},
+        {
+            "records": Threshold(3, "once may be chance: a hinge that was not reached"),
+            "steps": Threshold(10, "neighbouring steps see almost the same parameters"),
+        },
         ("grad_norm/", "weight/"), checks.dead_term,
         "The gradient of the term {term!r} is exactly 0 since step {since}, though its weight is not.",
         "The term cannot act: a clamp, a stop-gradient or a threshold that is never reached.",
@@ -155,9 +159,9 @@ GENERAL: tuple[Detector, ...] = (
             "change": Threshold(0.02, "two per cent is what re-drawing the random initialisation changes"),
             "steps": Threshold(100, "earlier nothing need have moved"),
         },
-        ("rank/image/mean_cosine", "prototypes/coverage", "prototypes/nearest_cosine/0.5"), checks.nothing_learned,
-        "After {steps} steps the features' mean cosine ({cosine:.4f}) and the coverage ({coverage:.4f}) are within "
-        "2% of their values at initialisation.",
+        ("rank/image/mean_cosine", "prototypes/coverage", "prototypes/nearest_cosine/0.5", "update_norm"),
+        checks.nothing_learned,
+        "Nothing was learned: {what}.",
         "What looks like a result is the initialisation: gradient or learning rate is too small, or the term that "
         "should act is inert.",
         "Look at grad_norm and update_norm; raise config.method.optim.peak_lr; check the weights in "
@@ -180,9 +184,11 @@ GENERAL: tuple[Detector, ...] = (
         {
             "share": Threshold(0.20, "a fifth of the accelerator's time"),
             "records": Threshold(3, "the first windows hold compilation and cold files"),
+            "seconds": Threshold(10.0, "a busy moment of the machine passes, slow reading stays"),
+            "wait": Threshold(0.01, "the interpreter changes threads every 5 ms, the kernel about as often: two turns"),
         },
         ("input_wait",), checks.starving_input,
-        "The device waited for data during {share:.0%} of the last windows.",
+        "The device waited for data during {share:.0%} of the last {seconds:.0f} seconds, {wait:.2g} s a step.",
         "Reading and decoding images is slower than the step.",
         "Raise config.system.prefetch, store smaller images, or keep the set in memory (npz source).",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +49,8 @@ def constant_side(history: History, t: Thresholds) -> Seen:
 
 
 def chance_retrieval(history: History, t: Thresholds) -> Seen:
-    """|R@k - chance| below `band` / G for every k in both directions, after initialisation and warm-up."""
+    """|R@k - chance| below the larger of `images` / G and `deviations` standard deviations of a mean over G queries,
+    sqrt(chance (1 - chance) / G), for every k in both directions, after initialisation and warm-up."""
     seen = []
     widths = _eval_widths(history)
     if not widths:
@@ -60,7 +62,8 @@ def chance_retrieval(history: History, t: Thresholds) -> Seen:
             points, chance = history.finite(name), history.last(name.replace("/recall/", "/chance/"))
             if len(points) < 2 or points[-1].step <= history.warmup_steps or chance is None or not gallery:
                 return None
-            if abs(points[-1].value - chance) >= t["band"] / gallery:
+            error = math.sqrt(max(chance * (1.0 - chance), 0.0) / gallery)
+            if abs(points[-1].value - chance) >= max(t["images"] / gallery, t["deviations"] * error):
                 return None
             seen.append((points[-1].value, chance, gallery))
     if not seen:
@@ -177,7 +180,10 @@ TABLE: tuple[Detector, ...] = (
     ),
     Detector(
         "chance_retrieval", "error",
-        {"band": Threshold(2.0, "two images of the gallery: what sampling alone moves")},
+        {
+            "images": Threshold(2.0, "two images of the gallery"),
+            "deviations": Threshold(3.0, "sampling error of R@k: pairs that match by chance alone scatter that far"),
+        },
         ("alignment/i2t/", "alignment/t2i/"), chance_retrieval,
         "Retrieval is at chance in both directions: R@1 {recall:.5f}, chance {chance:.5f} of {gallery:.0f}.",
         "All rows rank alike (a constant side), or the pairs carry no common content.",

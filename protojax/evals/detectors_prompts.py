@@ -48,21 +48,31 @@ def identical_prompts(history: History, t: Thresholds) -> Seen:
 
 
 def nothing_learned(history: History, t: Thresholds) -> Seen:
-    """Prompt cosine within `cosine` of its value at initialisation and purity within `purity` of that of random
-    offsets (without known modes: top-1 and usage within `purity` of their own first values)."""
-    if not _trained(history):
+    """Prompt cosine within `cosine` of its value at initialisation, top-1 within `purity` of its first value, and mode
+    purity within `purity` of that of random offsets or of the run's own first value (without known modes: usage within
+    a share `purity` of its first value), once `fraction` of the run has passed. Pixels may have no modes to find:
+    whoever classifies better has learned."""
+    done = history.last("fraction")
+    if not _trained(history) or (done is not None and done < t["fraction"]):
         return None
     now, start = history.last("prompts/geometry/cos_mean"), history.last("prompts/geometry/initial_cosine")
     if now is None or start is None or abs(now - start) > t["cosine"]:
         return None
+    if _moved(history, "prompts/accuracy/top1") > t["purity"]:
+        return None
     purity, chance = history.last(_E + "purity"), history.last("prompts/random_purity")
     if purity is not None and chance is not None:
-        unchanged = abs(purity - chance) <= t["purity"]
+        unchanged = min(abs(purity - chance), _moved(history, _E + "purity")) <= t["purity"]
     else:
-        names = ("prompts/accuracy/top1", _E + "usage_perplexity")
-        series = [history.finite(name) for name in names]
-        unchanged = all(abs(p[-1].value - p[0].value) <= t["purity"] * max(abs(p[0].value), 0.1) for p in series if p)
+        used = history.finite(_E + "usage_perplexity")
+        unchanged = _moved(history, _E + "usage_perplexity") <= t["purity"] * used[0].value
     return {"cosine": now, "start": start} if unchanged else None
+
+
+def _moved(history: History, name: str) -> float:
+    """|last - first| of a number."""
+    points = history.finite(name)
+    return abs(points[-1].value - points[0].value) if points else 0.0
 
 
 def diverse_unused(history: History, t: Thresholds) -> Seen:
@@ -128,6 +138,7 @@ TABLE: tuple[Detector, ...] = (
         {
             "cosine": Threshold(0.02, "re-drawing the initialisation changes less"),
             "purity": Threshold(0.02, "the spread of purity over random offsets"),
+            "fraction": Threshold(0.5, "a start that finds the modes keeps its purity: offsets need time to move"),
         },
         (_E, "prompts/geometry/"), nothing_learned,
         "The mean cosine of prompts is {cosine:.3f}; right after initialisation it is {start:.3f}, and the assignment "
@@ -140,8 +151,8 @@ TABLE: tuple[Detector, ...] = (
         {"share": Threshold(0.6, "two prompts of five that training uses are never chosen afterwards")},
         ("prompts/inference/", _E), train_infer_gap,
         "Inference uses {inference:.1f} sub-prompts a class, the E-step {step:.1f}.",
-        "Prices keep sub-prompts busy in training that are nobody's nearest.",
-        "Lower config.method.prompts.price or set e_step_centre = 'class'.",
+        "Prices, or an exact balance, keep sub-prompts busy in training that are nobody's nearest.",
+        "Lower config.method.prompts.price (or use balance = 'price'), or set e_step_centre = 'class'.",
     ),
     Detector(
         "near_empty_class", "notice",

@@ -8,7 +8,7 @@ duplicates and purity beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import log_softmax, softmax
@@ -137,20 +137,40 @@ def separation(similarity: np.ndarray, chosen: np.ndarray) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ accuracy
+class Scored(NamedTuple):
+    """What accuracy needs of scored images: credit float [N] (1 / t for a tie of t classes that includes the true one),
+    predicted class [N], margin [N] (NaN where scores are no cosines)."""
+
+    credit: np.ndarray
+    predicted: np.ndarray
+    margin: np.ndarray
+
+
+def score_rows(scores: np.ndarray, labels: np.ndarray, *, cosines: bool = True) -> Scored:
+    """Reduce class scores [N,C]. cosines: whether they are, and p1 - p2 of softmax(100 cos) means anything."""
+    best = scores.max(axis=1, keepdims=True)
+    tied = scores >= best
+    rows = np.arange(len(labels))
+    credit = np.where(tied[rows, labels], 1.0 / tied.sum(axis=1), 0.0)
+    return Scored(credit, scores.argmax(axis=1), margins(scores) if cosines else np.full(len(labels), np.nan))
+
+
 def accuracy_report(cosine: np.ndarray, labels: np.ndarray, class_names: Sequence[str], counts: np.ndarray,
                     levels: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:  # fmt: skip
-    """Accuracy of class scores [N,C], cosines of each image with its nearest prompt of each class.
+    """`accuracy_numbers` of class scores [N,C], cosines of each image with its nearest prompt of each class."""
+    return accuracy_numbers(score_rows(cosine, labels), labels, counts, levels)
 
-    top1: a tie of t classes that includes the true one counts 1/t; balanced: mean recall of classes present; many,
+
+def accuracy_numbers(scored: Scored, labels: np.ndarray, counts: np.ndarray,
+                     levels: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:  # fmt: skip
+    """top1: a tie of t classes that includes the true one counts 1/t; balanced: mean recall of classes present; many,
     medium, few: top-1 over classes with more than 100, 20 to 100, fewer than 20 training images (None where there is
-    none); margin: mean of p1 - p2 of softmax(100 cos); levels: accuracy at each coarser level, and 'leaf'; largest:
-    share of the most frequent prediction.
+    none); margin: mean of p1 - p2 of softmax(100 cos), None for scores that are no cosines; levels: accuracy at each
+    coarser level, and 'leaf'; largest: share of the most frequent prediction.
+
+    counts [C]: training images; levels: name -> coarser class of each class.
     """
-    best = cosine.max(axis=1, keepdims=True)
-    tied = cosine >= best
-    credit = np.where(tied[np.arange(len(labels)), labels], 1.0 / tied.sum(axis=1), 0.0)
-    predicted = cosine.argmax(axis=1)
-    classes = cosine.shape[1]
+    credit, predicted, classes = scored.credit, scored.predicted, len(counts)
     sizes = np.bincount(labels, minlength=classes)
     recall = np.bincount(labels, credit, minlength=classes)[sizes > 0] / sizes[sizes > 0]
     size = counts[labels]
@@ -159,7 +179,7 @@ def accuracy_report(cosine: np.ndarray, labels: np.ndarray, class_names: Sequenc
         "top1": float(credit.mean()),
         "balanced": float(recall.mean()),
         **{name: float(credit[mask].mean()) if mask.any() else None for name, mask in groups.items()},
-        "margin": margin(cosine),
+        "margin": None if np.isnan(scored.margin).any() else float(scored.margin.mean()),
         "largest": float(np.max(np.bincount(predicted, minlength=classes)) / len(labels)),
     }
     for name, values in (levels or {}).items():
@@ -168,19 +188,30 @@ def accuracy_report(cosine: np.ndarray, labels: np.ndarray, class_names: Sequenc
     return found
 
 
-def margin(cosine: np.ndarray) -> float:
-    """Mean of p1 - p2 of softmax(100 cos)."""
+def margins(cosine: np.ndarray) -> np.ndarray:
+    """p1 - p2 of softmax(100 cos) of each row; 1 where there is but one class."""
     if cosine.shape[1] < 2:
-        return 1.0
+        return np.ones(len(cosine))
     probabilities = softmax(MARGIN_SHARPNESS * cosine.astype(np.float64), axis=1)
     top = np.partition(probabilities, -2, axis=1)
-    return float((top[:, -1] - top[:, -2]).mean())
+    return top[:, -1] - top[:, -2]
+
+
+def crossed_ece(scores: np.ndarray, labels: np.ndarray) -> float:
+    """`calibrated_ece` where there is no validation split: the temperature for every second row is fitted on the
+    others, and the two halves are averaged."""
+    halves = [slice(0, None, 2), slice(1, None, 2)]
+    return float(np.mean([calibrated_ece(scores[a], labels[a], scores[b], labels[b])
+                          for a, b in (halves, halves[::-1])]))  # fmt: skip
 
 
 def calibrated_ece(cosine: np.ndarray, labels: np.ndarray, held: np.ndarray, held_labels: np.ndarray) -> float:
-    """Calibration error (15 bins of equal mass) after one temperature fitted on held-out rows."""
-    sharp = MARGIN_SHARPNESS
-    temperature = fit_temperature(sharp * held, held_labels)
+    """Calibration error (15 bins of equal mass) after one temperature fitted on held-out rows.
+
+    Scores are first divided by their own spread, so that the temperature's limits (0.01 to 100) mean the same for
+    cosines and for logits."""
+    sharp = 10.0 / max(float(np.std(held)), 1e-12)
+    temperature = fit_temperature(sharp * held.astype(np.float64), held_labels)
     return ece(np.exp(log_softmax(sharp * cosine.astype(np.float64) / temperature, axis=1)), labels, binning="mass")
 
 

@@ -9,7 +9,7 @@ Tensor names are those of transformers 4 and 5.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,15 +69,12 @@ def from_hf_vit(state: StateDict) -> dict[str, Any]:
     }
     old = reader.indices(r"encoder\.layer\.(\d+)\.")
     if old:
-        layers = [_vit_layer(reader, f"encoder.layer.{i}", _VIT_NAMES_4) for (i,) in old]
+        layers = [transformer_layer(reader, f"encoder.layer.{i}", _VIT_NAMES_4) for (i,) in old]
     else:
-        layers = [_vit_layer(reader, f"layers.{i}", _VIT_NAMES_5) for (i,) in reader.indices(r"layers\.(\d+)\.")]
+        layers = [transformer_layer(reader, f"layers.{i}", _VIT_NAMES_5) for (i,) in reader.indices(r"layers\.(\d+)\.")]
     if not layers:
         raise ValueError("no transformer layers found: expected names like 'layers.0...' or 'encoder.layer.0...'")
-    params["blocks"] = {
-        part: {name: np.stack([layer[part][name] for layer in layers]) for name in values}
-        for part, values in layers[0].items()
-    }
+    params["blocks"] = stack_layers(layers)
     reader.finish(ignore=("pooler.dense.weight", "pooler.dense.bias"))
     return {"params": params, "stats": {}}
 
@@ -89,6 +86,8 @@ _VIT_NAMES_4 = {
     "project": "attention.output.dense",
     "dense1": "intermediate.dense",
     "dense2": "output.dense",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
 }
 _VIT_NAMES_5 = {
     "query": "attention.q_proj",
@@ -97,10 +96,24 @@ _VIT_NAMES_5 = {
     "project": "attention.o_proj",
     "dense1": "mlp.fc1",
     "dense2": "mlp.fc2",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
 }
 
 
-def _vit_layer(reader: _Reader, prefix: str, names: Mapping[str, str]) -> dict[str, dict[str, np.ndarray]]:
+def stack_layers(layers: Sequence[Mapping[str, Mapping[str, np.ndarray]]]) -> dict[str, dict[str, np.ndarray]]:
+    """Trees of equal layers -> one tree whose arrays lead with an axis of layers."""
+    return {
+        part: {name: np.stack([layer[part][name] for layer in layers]) for name in values}
+        for part, values in layers[0].items()
+    }
+
+
+def transformer_layer(
+    reader: Callable[[str], np.ndarray], prefix: str, names: Mapping[str, str]
+) -> dict[str, dict[str, np.ndarray]]:
+    """One layer of tensors `prefix.<names[part]>.weight` and `.bias` as the tree of a `vit.TransformerBlock`."""
+
     def dense(part: str) -> dict[str, np.ndarray]:
         name = f"{prefix}.{names[part]}"
         return {"kernel": reader(f"{name}.weight").T, "bias": reader(f"{name}.bias")}
@@ -108,8 +121,9 @@ def _vit_layer(reader: _Reader, prefix: str, names: Mapping[str, str]) -> dict[s
     query, key, value = dense("query"), dense("key"), dense("value")
     layer = {name: dense(name) for name in ("project", "dense1", "dense2")}
     layer["qkv"] = {name: np.concatenate([query[name], key[name], value[name]], axis=-1) for name in ("kernel", "bias")}
-    for ours, theirs in (("norm1", "layernorm_before"), ("norm2", "layernorm_after")):
-        layer[ours] = {"scale": reader(f"{prefix}.{theirs}.weight"), "bias": reader(f"{prefix}.{theirs}.bias")}
+    for norm in ("norm1", "norm2"):
+        name = f"{prefix}.{names[norm]}"
+        layer[norm] = {"scale": reader(f"{name}.weight"), "bias": reader(f"{name}.bias")}
     return layer
 
 

@@ -161,6 +161,12 @@ def _standardise(values: Array, axes: tuple[int, ...], epsilon: float) -> Array:
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(axes, keepdims=True) + epsilon)
 
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP's
+}
+
 NORMS: dict[str, Callable[..., nnx.Module]] = {"batch": BatchNorm, "group": GroupNorm}
 
 

@@ -16,7 +16,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from protojax.api import Array, Key
-from protojax.models.layers import LayerNorm, check_images, compute_dtype, drop_path, full_dtype, transformer_init
+from protojax.models.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    check_images,
+    compute_dtype,
+    drop_path,
+    full_dtype,
+    transformer_init,
+)
 
 POOLS = ("class", "mean")
 ATTENTIONS = (None, "xla", "cudnn")
@@ -42,9 +50,10 @@ def bicubic_matrix(old: int, new: int) -> np.ndarray:
 
 
 class TransformerBlock(nnx.Module):
-    """x + scale1 * attention(norm1(x)), then x + scale2 * mlp(norm2(x)); mlp = dense, GELU (exact), dense.
+    """x + scale1 * attention(norm1(x)), then x + scale2 * mlp(norm2(x)); mlp = dense, activation, dense.
 
     layer_scale: None, or the initial value of the per-channel factors scale1, scale2 (Touvron et al. 2021).
+    activation: a name in `layers.ACTIVATIONS`. mask: bool, broadcast to [N,heads,T,T]; a token sees keys that are True.
     """
 
     def __init__(
@@ -56,11 +65,13 @@ class TransformerBlock(nnx.Module):
         epsilon: float,
         layer_scale: float | None,
         attention: str | None,
+        activation: str = "gelu",
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.dtype, self.full = compute_dtype(dtype), full_dtype(dtype)
         self.heads, self.attention, self.scaled = heads, attention, layer_scale is not None
+        self.activation = activation
         dense = functools.partial(
             nnx.Linear, dtype=self.dtype, param_dtype=self.full, kernel_init=transformer_init(), rngs=rngs
         )
@@ -74,26 +85,26 @@ class TransformerBlock(nnx.Module):
             self.scale1 = nnx.Param(jnp.full((width,), layer_scale, self.full))
             self.scale2 = nnx.Param(jnp.full((width,), layer_scale, self.full))
 
-    def __call__(self, x: Array, rate: Array | float = 0.0, key: Key | None = None) -> Array:
+    def __call__(self, x: Array, rate: Array | float = 0.0, key: Key | None = None, mask: Array | None = None) -> Array:
         keys = (None, None) if key is None else jax.random.split(key, 2)
         for branch, branch_key in zip(("1", "2"), keys, strict=True):
             norm = getattr(self, "norm" + branch)
             rows = norm(x).astype(self.dtype)
-            residual = self._attend(rows) if branch == "1" else self._mlp(rows)
+            residual = self._attend(rows, mask) if branch == "1" else self._mlp(rows)
             if self.scaled:
                 residual = residual * getattr(self, "scale" + branch).get_value().astype(self.dtype)[None, None, :]
             x = x + drop_path(residual, rate, branch_key)
         return x
 
-    def _attend(self, rows: Array) -> Array:
+    def _attend(self, rows: Array, mask: Array | None) -> Array:
         images, tokens, width = rows.shape
         parts = self.qkv(rows).reshape((images, tokens, 3, self.heads, width // self.heads))
         query, key, value = (parts[:, :, i] for i in range(3))
-        mixed = _attention(query, key, value, self.attention)
+        mixed = _attention(query, key, value, self.attention, mask)
         return self.project(mixed.reshape((images, tokens, width)))
 
     def _mlp(self, rows: Array) -> Array:
-        return self.dense2(jax.nn.gelu(self.dense1(rows), approximate=False))
+        return self.dense2(ACTIVATIONS[self.activation](self.dense1(rows)))
 
 
 class ViT(nnx.Module):
@@ -163,7 +174,7 @@ class ViT(nnx.Module):
             attention=attention,
             dtype=dtype,
         )
-        self.blocks = _stack(block, depth, rngs)
+        self.blocks = stack_blocks(block, depth, rngs)
         self.norm = LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -216,12 +227,14 @@ class ViT(nnx.Module):
         return x
 
 
-def _attention(query: Array, key: Array, value: Array, implementation: Any) -> Array:
+def _attention(query: Array, key: Array, value: Array, implementation: Any, mask: Array | None = None) -> Array:
     """softmax(query key^T / sqrt(width)) value by head; all [N,T,heads,width]; softmax in float32 or wider."""
     if implementation is not None:
         with jax.numpy_dtype_promotion("standard"):  # it mixes float32 logits with the compute dtype on purpose
-            return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+            return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
     logits = _wide_einsum("nqhd,nkhd->nhqk", query, key) * query.shape[-1] ** -0.5
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     return jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(logits).astype(value.dtype), value)
 
 
@@ -252,7 +265,7 @@ def _wide_einsum_backward(spec: str, operands: tuple[Array, Array], cotangent: A
 _wide_einsum.defvjp(_wide_einsum_forward, _wide_einsum_backward)
 
 
-def _stack(block: Any, depth: int, rngs: nnx.Rngs) -> Any:
+def stack_blocks(block: Any, depth: int, rngs: nnx.Rngs) -> Any:
     """One module whose parameters lead with an axis of `depth` independent initialisations."""
 
     def build(key: Key) -> Any:

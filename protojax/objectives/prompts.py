@@ -255,8 +255,9 @@ def prompts(*, options: PromptOptions, total_steps: int) -> Objective:
         found, _ = prompt_terms(offsets, data, options, tau)
 
         def weight(name: str, value: Array) -> Array:
-            # A cross-entropy of exactly 0 is met, not dead: at scale / cls_temperature = 714 float32 gets there.
-            met = (value == 0) if name == "classification" else jnp.zeros((), bool)
+            # A cross-entropy below the rounding of its logits is met, not dead: its gradient underflows to exactly 0.
+            rounding = 4.0 * float(jnp.finfo(value.dtype).eps) * options.scale / options.cls_temperature
+            met = (jnp.abs(value) <= rounding) if name == "classification" else jnp.zeros((), bool)
             return jnp.where(met, 0.0, options.weights[name]).astype(jnp.float32)
 
         return {name: (weight(name, v), options.weights[name] * v) for name, v in found.items()}

@@ -1,4 +1,5 @@
-"""What is wrong with a run, from what it wrote: the detectors on its whole history, in order of consequence."""
+"""What is wrong with a run, from what it wrote: the detectors on its whole history, in order of consequence, and the
+newest checkpoint."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from protojax.evals.history import History
 from protojax.reporting.records import Run, as_number, load_run
 
 FIELDS = ("detector", "severity", "step", "evidence", "cause", "advice")
+LARGEST_CHECKPOINT = 2**30  # bytes on disk: reading more takes longer than a person waits for a diagnosis
 WARMUP = 0.1  # share of a run before which a loss at chance is only a notice, as in training
 
 
@@ -35,7 +37,7 @@ class Examination:
 
 
 def examine(workdir: str | Path) -> Examination:
-    """Run every detector over the history of a run again. Needs no device, checkpoint or data.
+    """Run every detector over the history of a run again, and look for NaN in its newest checkpoint. Needs no data.
 
     Findings that only training itself could see (a gradient that was not finite) are taken from the record. Raises
     ValueError for a folder that holds no run, or one without any training or evaluation record.
@@ -49,12 +51,44 @@ def examine(workdir: str | Path) -> Examination:
         name = str(record.get("detector"))
         if name not in found and (name == "not_finite" or name not in detectors.IDS):
             found[name] = {field: record.get(field, "") for field in FIELDS}
+    saved, said = _checkpoint(run.path)
+    if saved is not None:
+        found.setdefault("not_finite", saved)
     history = History()
     names = {name for record in records for name in history.append(record)}
     asked = {d.id for d in detectors.TABLE if any(name.startswith(d.reads) for name in names)}
     silent = [d.id for d in detectors.GENERAL if d.id not in asked]
     ranked = sorted(found.values(), key=_rank)
-    return Examination(tuple(ranked), len(asked), tuple(silent), len(records), history.step, tuple(_notes(run)))
+    return Examination(tuple(ranked), len(asked), tuple(silent), len(records), history.step, (*_notes(run), *said))
+
+
+def _checkpoint(workdir: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """(finding, notes) about the newest checkpoint: every array of it must be finite. Its prototypes are not audited
+    again: the evaluation of the same step did that."""
+    folder = workdir / "checkpoints"
+    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    damaged = sorted(p.name for p in workdir.glob("damaged-*"))
+    notes = [f"damaged checkpoints were set aside: {', '.join(damaged)}."] if damaged else []
+    if not steps:
+        return None, notes
+    newest = folder / str(steps[-1])
+    size = sum(p.stat().st_size for p in newest.rglob("*") if p.is_file())
+    if size > LARGEST_CHECKPOINT:
+        return None, [*notes, f"checkpoint {steps[-1]} was not read: it has {size / 2**30:.1f} GiB."]
+    from protojax.audit import directories
+    from protojax.audit.tensors import FileError
+
+    try:
+        bad = directories.not_finite(newest)
+    except FileError as error:
+        return None, [*notes, f"checkpoint {steps[-1]} cannot be read, and an older one will be resumed from: {error}"]
+    if not bad:
+        return None, notes
+    (row,) = (d for d in detectors.GENERAL if d.id == "not_finite")
+    more = f" and {len(bad) - 1} more arrays" if len(bad) > 1 else ""
+    seen = f"{bad[0]}{more} of checkpoint {steps[-1]} hold NaN or infinity."
+    finding = (row.id, row.severity, steps[-1], seen, row.cause, row.advice)
+    return dict(zip(FIELDS, finding, strict=True)), notes
 
 
 def _rank(finding: Mapping[str, Any]) -> tuple[int, int]:

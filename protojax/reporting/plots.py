@@ -27,6 +27,7 @@ Curve = tuple[str, np.ndarray, np.ndarray]
 MOST_POINTS = 400
 MOST_DOTS = 1500
 MOST_LOSSES = 6
+MEASURED_BESIDE = ("active", "largest_logit", "smallest_logit", "logit_range")  # of a term, in plots of their own
 
 
 def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -111,14 +112,16 @@ def losses(run: Run) -> Html:
     chance_keys = [key for key in keys if key.split("/")[-1] == "chance"]
     # The one term of an objective that has no other is the total again.
     terms = [key for key in keys if key.count("/") > 1 and key.endswith("/loss")]
-    shown = [key for key in keys if key not in chance_keys and (key not in terms or len(terms) > 1)][:MOST_LOSSES]
+    other = {key for key in keys if key.split("/")[-1] in MEASURED_BESIDE}
+    shown = [k for k in keys if k not in {*chance_keys, *other} and (k not in terms or len(terms) > 1)][:MOST_LOSSES]
     curves = [(key.removeprefix("loss/"), *series(run.train, "metrics", key)) for key in shown]
     chance = series(run.train, "metrics", chance_keys[0])[1] if chance_keys else np.empty(0)
     chance = chance[np.isfinite(chance)]
     bad = sum(int((~np.isfinite(values)).sum()) for _, _, values in curves)
-    caption = "Dotted: the consistency loss of an encoder that cannot tell prototypes apart (chance)."
+    caption = "Dotted: the loss of an encoder that cannot tell anything apart (chance)." if chance.size else ""
     if bad:
         caption += f" {bad} values were not finite and are gaps."
+    caption = caption.strip() or "Means over the steps between two records."
     levels = [("chance", float(chance[-1]) if chance.size else None, ROLES["muted"])]
     return line_plot("Losses", curves, caption, "no training record with a loss.", levels)
 

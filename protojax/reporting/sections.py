@@ -118,7 +118,7 @@ def samples(run: Run) -> Html:
         if classes is not None and purity is not None and str(classes[row]):
             caption += f", {percent(float(purity[row]), 0)} of them {classes[row]}"
         strip = "".join(
-            image(_jpeg(pixels), "image/jpeg", f"near prototype {prototype}") for pixels in pictures[row][:MOST_IMAGES]
+            image(jpeg(pixels), "image/jpeg", f"near prototype {prototype}") for pixels in pictures[row][:MOST_IMAGES]
         )
         columns = pictures.shape[1] if pictures.shape[1] <= 6 else -(-min(pictures.shape[1], MOST_IMAGES) // 2)
         grid_of = f'<div class="strip" style="--columns: {columns}">{strip}</div>'
@@ -130,7 +130,8 @@ def samples(run: Run) -> Html:
     )
 
 
-def _jpeg(pixels: np.ndarray) -> bytes:
+def jpeg(pixels: np.ndarray) -> bytes:
+    """uint8 [h,w,3] as a JPEG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=88, subsampling=0)
     return buffer.getvalue()

@@ -26,7 +26,8 @@ from protojax.objectives.prompts import PromptData, PromptOptions, check_count, 
 from protojax.ops import prompts as prompt_ops
 from protojax.schedules import check_choice
 from protojax.workloads import base
-from protojax.workloads.prompts_evaluation import e_step_of, prompts_evaluation, prompts_made
+from protojax.workloads.prompts_evaluation import e_step_of, prompts_evaluation, prompts_made, similarity_of, tested
+from protojax.workloads.prompts_protocol import Opened, with_protocol
 
 SINKHORN_ROUNDS = 10
 MOVERS = ("optimiser", "online_em")
@@ -43,6 +44,7 @@ class Mixture(NamedTuple):
     strength: float
     eta: float
     usage_half_life: float
+    usage_prior: tuple[float, ...]
     loss: PromptOptions
 
 
@@ -55,13 +57,15 @@ def mixture(
     strength: float = 1.0,
     eta: float = 0.1,
     usage_half_life: float = 1.0,
+    usage_prior: tuple[float, ...] = (),
     **options: Any,
 ) -> Mixture:
     """K = num_prompts sub-prompts a class; the other options are those of `objectives.prompts.PromptOptions`.
 
     offset_init: 'plus_plus', 'normal', 'orthogonal' or 'zero', of standard deviation (or norm / sqrt(D)) offset_std.
     offsets: moved by the 'optimiser', or by 'online_em' without gradient (strength, eta). usage_half_life: in epochs of
-    a class. Raises ValueError for anything out of range.
+    a class. usage_prior: shares of the K sub-prompts of every class at which the price is 0 (): 1/K each. Raises
+    ValueError for anything out of range.
     """
     check_choice("prompts, offset_init", offset_init, prompt_ops.OFFSET_INITS)
     check_choice("prompts, offsets", offsets, MOVERS)
@@ -69,7 +73,12 @@ def mixture(
         raise ValueError(f"prompts, offset_std: expected a number >= 0, got {offset_std}.")
     loss = PromptOptions(**options)
     check_count(loss, num_prompts)
-    return Mixture(num_prompts, offset_init, offset_std, offsets, strength, eta, usage_half_life, loss)
+    shares = np.asarray(usage_prior, np.float64)
+    if len(shares) and (len(shares) != num_prompts or (shares <= 0).any() or abs(shares.sum() - 1.0) > 1e-3):
+        raise ValueError(
+            f"prompts, usage_prior: expected K = {num_prompts} positive shares that add up to 1, got {usage_prior}."
+        )
+    return Mixture(num_prompts, offset_init, offset_std, offsets, strength, eta, usage_half_life, usage_prior, loss)
 
 
 mixture.passes_to = PromptOptions  # type: ignore[attr-defined]
@@ -94,15 +103,18 @@ def begin(cfg: ml_collections.ConfigDict) -> None:
 def fill(cfg: ml_collections.ConfigDict) -> None:
     """All options of the components at their defaults."""
     base.fill_parts(cfg.method, {"prompts": MIXTURES, "optim": optim.OPTIMIZERS})
-    cfg.data.source = base.filled(SOURCES, cfg.data.source)
+    cfg.data.source = base.filled({name: with_protocol(f) for name, f in SOURCES.items()}, cfg.data.source)
 
 
 # ------------------------------------------------------------------------------------------------ the recipe
-def open_cache(config: Config) -> prompts_cache.FeatureCache:
-    """The feature cache of a configuration, checked."""
+def open_protocol(config: Config) -> Opened:
+    """The feature cache of a configuration, checked, with what its few-shot protocol takes away."""
     source, data = config.data.source, config.data
     given = {"root": data.root, "seed": config.seed}
-    table = {name: partial(f, **_accepted(f, given)) for name, f in SOURCES.items()}
+    table = {
+        name: partial(with_protocol(f, data.train_split, data.test_split), **_accepted(f, given))
+        for name, f in SOURCES.items()
+    }
     return base.part("feature source", Component(source.name, _set(source.options)), table)
 
 
@@ -141,17 +153,29 @@ def constants_of(cache: prompts_cache.FeatureCache, table: np.ndarray, options: 
     }  # fmt: skip
 
 
+def prior_of(mix: Mixture, classes: int) -> np.ndarray | None:
+    """usage_prior of every class [C,K], or None for 1/K."""
+    return np.tile(np.asarray(mix.usage_prior, np.float32), (classes, 1)) if mix.usage_prior else None
+
+
 def build(config: Config) -> Recipe:
     """The recipe of any arm."""
     data, mix = config.data, read_mixture(config)
     options = mix.loss
-    cache = open_cache(config)
+    opened = open_protocol(config)
+    cache = opened.cache
     prompts_cache.warn_small_classes(cache, mix.num_prompts, data.train_split)
     table = feature_table(cache, (data.train_split, data.test_split))
     constants = constants_of(cache, table.features, options, data.train_split)
+    prior = prior_of(mix, len(cache.class_names))
+    if prior is not None:
+        constants["prior"] = prior
     found = _sources(config, cache, table.first)
     steps = base.total_steps(config, found["train"].spec.size)
     optimizer, learning_rate, clip_norm = base.optimiser(config, steps)
+    objective = prompts(options=options, total_steps=steps)
+    if mix.offsets == "online_em":
+        objective = objective._replace(terms=None)  # no parameter: gradients that are 0 say nothing about the terms
     return Recipe(
         sources=found,
         views=lambda key, batch: batch,
@@ -160,7 +184,7 @@ def build(config: Config) -> Recipe:
         encoder=Encoder(lambda key, inputs: {"params": {}, "stats": {}}, _frozen),
         teacher=None,
         estimator=_estimator(mix, found["train"].spec.steps_per_epoch),
-        objective=prompts(options=options, total_steps=steps),
+        objective=objective,
         rows=partial(_rows, options, steps),
         optimizer=optimizer,
         schedules={
@@ -168,8 +192,10 @@ def build(config: Config) -> Recipe:
             "tau": lambda step: options.tau(step / steps),
             "sharpness": lambda step: options.scale / options.tau(step / steps),
         },
-        evaluations=(prompts_evaluation(cache, constants, options, data, mix.offset_std, steps),),
-        describe=lambda S: {"usage": S["shared"]["usage"]},
+        evaluations=(
+            prompts_evaluation(tested(cache, constants, options, data, mix.offset_std, opened.unseen), steps),
+        ),
+        describe=lambda S: {k: S["shared"][k] for k in ("usage", "potential") if k in S["shared"]},
         diagnose=detectors.Diagnosis(warmup_steps=round(0.1 * steps)),
         total_steps=steps,
         seed=config.seed,
@@ -218,6 +244,8 @@ def _rows(options: PromptOptions, steps: int, embeddings: Mapping[str, Array], b
     constants, labels = batch["constants"], batch["label"]
     rows = {"features": _frozen({}, batch, False, None)[0]["image"][0], "labels": labels,
             "mask": batch["mask"].astype(bool), "base": constants["base"], "centre": constants["centre"]}  # fmt: skip
+    if "prior" in constants:
+        rows["prior"] = constants["prior"]
     learned = head.get("prototypes", {}).get("offsets")
     if learned is not None:
         rows["offsets"] = learned[labels]
@@ -228,7 +256,8 @@ def _rows(options: PromptOptions, steps: int, embeddings: Mapping[str, Array], b
 
 def _assign(options: PromptOptions, own: Array, usage: Array, potential: Any, rows: Mapping[str, Array]) -> Array:
     """The E-step of `objectives.prompts` on the rows of the estimator, at the fraction of the run that S counts."""
-    data = PromptData(rows["features"], rows["labels"], rows["mask"], rows["base"], rows["centre"], usage, potential)
+    data = PromptData(rows["features"], rows["labels"], rows["mask"], rows["base"], rows["centre"], usage, potential,
+                      rows.get("prior"))  # fmt: skip
     prompts_y = prompt_ops.prompts_of(rows["base"][rows["labels"]], own)
     return e_step(prompts_y, data, options, options.tau(rows["fraction"])).assignment
 
@@ -277,7 +306,8 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
         return []
     step, count = found["e_step"], found["count"]
     accuracy = found["accuracy"]
-    controls = ", ".join(f"{k.replace('_', ' ')} {100 * v:.1f}%" for k, v in found.get("baselines", {}).items())
+    baselines = found.get("baselines", {}).items()
+    controls = ", ".join(f"{k.replace('_', ' ')} {100 * v['top1']:.1f}%" for k, v in baselines)
     return [
         f"  top-1 {100 * accuracy['top1']:.1f}%, balanced {100 * accuracy['balanced']:.1f}% ({controls})",
         f"  of {count} sub-prompts a class {step['usage_perplexity']:.1f} are used, {step['effective']:.1f} are "
@@ -287,16 +317,26 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def report_data(config: Config, workdir: Path, probe: Probe) -> Any:
-    """Usage, similarities, and what each sub-prompt of the first classes claims."""
-    from protojax.reporting.prompts import write_prompts_data
+    """Usage, similarities, and what each sub-prompt claims."""
+    from protojax.reporting.prompts_sheets import write_prompts_data
 
-    options, cache = read_mixture(config).loss, open_cache(config)
-    rows = cache.split(config.data.train_split)
+    options, opened = read_mixture(config).loss, open_protocol(config)
+    cache, rows = opened.cache, opened.cache.split(config.data.train_split)
     constants = constants_of(cache, rows.image, options, config.data.train_split)
     assert probe.codebook is not None
     made = prompts_made(constants["base"], np.asarray(probe.codebook.prototypes))
-    r = e_step_of(rows, made, np.asarray(probe.codebook.bias), constants["base"], constants["centre"], options)
-    return write_prompts_data(workdir, probe, r, rows.label, made)
+    r = e_step_of(rows, made, np.asarray(probe.codebook.bias), constants["centre"], options,
+                  probe.info.get("potential"), prior_of(read_mixture(config), len(cache.class_names)))  # fmt: skip
+    return write_prompts_data(
+        workdir, r, similarity_of(rows, made), rows.label, made, cache.class_names,
+        rows=opened.train_rows, pictures=pictures_of(config, cache),
+        modes=rows.mode, mode_names=cache.mode_names, descriptions=cache.descriptions,
+    )  # fmt: skip
+
+
+def pictures_of(config: Config, cache: prompts_cache.FeatureCache) -> Callable[[np.ndarray], np.ndarray] | None:
+    """rows of the training split -> pictures uint8 [n,h,w,3]; None where the source has none."""
+    return None if cache.pictures is None else partial(cache.pictures, config.data.train_split)
 
 
 def hollow(config: Config, workdir: Path) -> Recipe:

@@ -47,6 +47,9 @@ ARMS: dict[str, Change] = {
              mixture_weight=0.2, tau_start=6.0, tau_end=3.0, regulariser_gradient="stopped", allow_dead_terms=True),
     ),
     "zero_init": together(ORIGINAL, _set(offset_init="zero")),
+    "sinkhorn_only": together(ORIGINAL, _set(balance="sinkhorn")),
+    "price_100": _set(price=100.0),
+    "many_prompts": _set(num_prompts=64),
     "tau_fixed_1": together(ORIGINAL, _set(tau_schedule="constant", tau_start=1.0)),
     "lambda_0": together(ORIGINAL, _set(mixture_weight=0.0)),
     # parts of the cure
@@ -60,7 +63,7 @@ ARMS: dict[str, Change] = {
     "text_shifted": together(ORIGINAL, options("data.source", base="text_shifted")),
     "class_mean": together(ORIGINAL, options("data.source", base="class_mean")),
     # variants of the default
-    "hard": _set(hard_assignment=True),
+    "hard_assignment": _set(hard_assignment=True),
     "lse": _set(cls_pool="lse"),
     "tau_geometric": _set(tau_schedule="geometric"),
     "online_em": _set(offsets="online_em"),

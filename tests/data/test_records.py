@@ -149,5 +149,7 @@ def test_registry_errors_name_the_nearest(tmp_path):
         open_records("synthetic", "train+all")
     with pytest.raises(ValueError, match="size >= classes >= 1"):
         open_records("synthetic", "train", size=3, classes=9)
+    with pytest.raises(ValueError, match="delay >= 0 seconds; got -1"):
+        open_records("synthetic", "train", delay=-1.0)
     with pytest.raises(ValueError, match=r"empty split in 'train\+'"):
         open_records("synthetic", "train+")

@@ -23,9 +23,9 @@ def train(step: int, **metrics) -> dict:
         "estimator/usage_perplexity": 50.0, "estimator/floor_share": 0.01, "estimator/underflow_share": 0.0,
         "estimator/max_responsibility": 0.9,
     }  # fmt: skip
-    extra = {k: metrics.pop(k) for k in ("input_wait",) if k in metrics}
-    return {"kind": "train", "step": step, "images_per_second": 400.0, "input_wait": 0.02, **extra,
-            "metrics": base | metrics}  # fmt: skip
+    extra = {k: metrics.pop(k) for k in ("input_wait", "seconds") if k in metrics}
+    return {"kind": "train", "step": step, "images_per_second": 400.0, "input_wait": 0.02, "seconds": 0.2 * step,
+            **extra, "metrics": base | metrics}  # fmt: skip
 
 
 def evaluation(step: int, features: np.ndarray, prototypes: np.ndarray, **changes) -> dict:
@@ -84,6 +84,15 @@ def test_more_prototypes_than_images_is_silent():
     records = [evaluation(s, normal(0, 16) * (1 + s / 99), normal(0, K)) for s in (0, 100, 200, 300)]
     records = [r | {"metrics": r["metrics"] | {"effective_rank": 10.0 + r["step"]}} for r in records]
     assert "dead_prototypes" not in ids(records)
+
+
+def test_parameters_that_never_move_have_learned_nothing_whatever_batch_norm_does():
+    still = runs(**{"update_norm": lambda s: 0.0 if s > 50 else 0.1})
+    (finding,) = diagnose(still)
+    assert (finding["detector"], finding["severity"], finding["step"]) == ("nothing_learned", "warning", 160)
+    assert "no parameter has moved for 140 steps" in finding["evidence"]
+    assert not ids([r for r in still if r["step"] <= 150])
+    assert not ids(runs(**{"update_norm": lambda s: 1e-30}))
 
 
 def test_frozen_prototypes_with_a_learning_encoder_are_silent():
@@ -239,8 +248,29 @@ def test_not_finite_names_the_first_array_and_step():
     assert finding["step"] == 70
 
 
+def test_starving_input_wants_seconds_of_slow_reading():
+    """A tenth of a second a step for 40 s is slow reading. Half of steps of 4 ms is the host's own loop, four seconds
+    are a busy moment, one window without waiting breaks the row, and another process begins its clock anew."""
+    slow = {"input_wait": 0.5}
+    (finding,) = diagnose(runs(**slow))
+    assert "50% of the last 10 seconds, 0.1 s a step" in finding["evidence"]
+    assert (finding["detector"], finding["step"]) == ("starving_input", 60)  # five windows of 2 s after the first
+    assert not ids(runs(**slow, seconds=lambda s: 0.004 * s))
+    assert not ids(runs(steps=30, **slow))
+    assert not ids(runs(steps=60, input_wait=lambda s: 0.5 if s < 60 else 0.1))
+    assert not ids(runs(steps=100, **slow, seconds=lambda s: 0.2 * (s % 50)))
+    assert not ids([{k: v for k, v in r.items() if k != "seconds"} for r in runs(**slow)])
+
+
 def test_a_term_without_weight_may_be_dead():
     assert not ids(runs(**{"grad_norm/koleo": 0.0, "weight/koleo": 0.0}))
+
+
+def test_a_gradient_of_exactly_zero_must_last_ten_steps():
+    terms = {"grad_norm/koleo": 0.0, "weight/koleo": 0.1, "grad_norm/carp": 1.0}
+    for gap, expected in ((3, set()), (5, {"dead_term"})):
+        records = [{"kind": "train", "step": gap * i, "metrics": terms} for i in range(3)]
+        assert {f["detector"] for f in diagnose(records)} == expected
 
 
 def test_a_hinge_that_is_not_reached_once_is_no_dead_term():
@@ -302,6 +332,15 @@ def test_a_steady_loss_of_unique_prototypes_is_found_before_a_tenth_is_gone():
     assert "duplicate_prototypes" not in ids(falling[:3])
     flicker = [record(s, u) for s, u in ((0, 100), (50, 99), (100, 100), (150, 99), (200, 98))]
     assert "duplicate_prototypes" not in ids(flicker)
+
+
+def test_two_copies_among_few_prototypes_are_flicker_and_three_are_not():
+    def records(unique):
+        found = {"live": 16, "count": 16, "live_unique": {"0.025": unique}}
+        return [{"step": s, "prototypes": found} for s in (0, 50, 100)]
+
+    assert not ids(records(14))
+    assert "duplicate_prototypes" in ids(records(13))
 
 
 def test_an_encoder_that_starts_with_a_low_rank_and_rises_is_silent():

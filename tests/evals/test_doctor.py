@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from protojax import failures, running
+from benchmarks import healthy as measured
+from protojax import running
+from protojax.audit import directories
+from protojax.checkpoint import Checkpoints
 from protojax.cli import main
 from protojax.config import freeze
 from protojax.evals.detectors import IDS, SEVERITIES
+from protojax.evals.history import flatten
 from protojax.reporting.doctor import FIELDS, examine
 from tests.evals.test_detectors import CHANCE, PLANTED, dying_prototypes, healthy, runs
 from tests.toy import config_dict
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "failures").glob("prototypes_*.py"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = measured.failure_names()
+WORKLOADS = ("prototypes", "soft_labels", "prompts", "alignment")
 
 
 def write(path: Path, records: list[dict], total: int = 400) -> Path:
@@ -114,57 +123,114 @@ def test_a_run_without_a_record_is_an_error_of_the_user(tmp_path):
         examine(write(tmp_path / "run", []))
 
 
+# -------------------------------------------------------------------------------------------------- checkpoints
+def saved(run: Path, step: int, value: float) -> Path:
+    """A checkpoint of two arrays in the trainer's own format."""
+    checkpoints = Checkpoints(run / "checkpoints", keep=2)
+    checkpoints.save(step, {"teacher": {"kernel": np.full((2, 3), value, np.float32)}, "step": np.int32(step)}, {})
+    checkpoints.wait()
+    checkpoints.close()
+    return run / "checkpoints" / str(step)
+
+
+def test_the_newest_checkpoint_is_looked_at(tmp_path, capsys, monkeypatch):
+    """NaN that no metric showed is found with the name of its array; what cannot be read is said, and fails nothing."""
+    run = write(tmp_path / "run", healthy(0))
+    saved(run, 200, 1.0)
+    assert not examine(run).wrong
+    newest = saved(run, 400, np.nan)
+    monkeypatch.chdir(tmp_path)  # a relative path, as on the command line
+    assert directories.not_finite(Path("run/checkpoints/400")) == ["teacher/kernel"]
+    assert main(["doctor", "run", "--json"]) == 1
+    (finding,) = json.loads(capsys.readouterr().out)
+    assert (finding["detector"], finding["severity"], finding["step"]) == ("not_finite", "error", 400)
+    assert finding["evidence"] == "teacher/kernel of checkpoint 400 hold NaN or infinity."
+    shutil.rmtree(newest / "state" / "d", ignore_errors=True)
+    for path in (newest / "state").glob("*.ocdbt"):
+        path.write_bytes(b"")
+    (run / "damaged-100").mkdir()
+    notes = " ".join(examine(run).notes)
+    assert not examine(run).wrong
+    assert "damaged checkpoints were set aside: damaged-100." in notes
+    assert "checkpoint 400 cannot be read, and an older one will be resumed from" in notes
+
+
 # --------------------------------------------------------------------------------------------- failure configs
-def fires(path: Path) -> str:
-    """The id that the header of a failure config names."""
-    found = re.search(r"^Fires: ([a-z_]+)$", ast.get_docstring(ast.parse(path.read_text())) or "", re.M)
-    assert found, f"{path} does not say which detector fires"
-    return found[1]
+# Random heads are independent of one another, and so start at the expected loss whatever the configuration: only data
+# that give the pairing away, or a mistake in the loss, can plant it. In `test_retrieval_pairs` a history does.
+NO_CONFIG = {"start_loss"}
 
 
-def test_every_failure_config_names_a_detector():
-    assert {fires(path) for path in CONFIGS} == {
-        "chance_loss", "dead_prototypes", "duplicate_prototypes", "variance_floor",
-        "statistics_underflow", "not_finite",
-    } <= set(IDS)  # fmt: skip
+def test_every_detector_has_a_failure_config():
+    """Each id of the table must be heard of in a run that anybody can start."""
+    wanted = {name: measured.expected(name) for name in CONFIGS}
+    assert {detector for ids in wanted.values() for detector in ids} == set(IDS) - NO_CONFIG
+    for name in CONFIGS:
+        config = freeze(config_dict(f"failures/{name}"))
+        assert config.name == f"failures/{name}"
+        assert name.startswith(f"{config.method.workload}_")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_failure_configs_are_whole_and_named_after_their_file(path):
-    config = freeze(config_dict(f"failures/{path.stem}"))
-    assert config.name == f"failures/{path.stem}"
-    assert config.method.steps <= 400
+def test_the_table_of_failures_names_every_config_with_what_it_fires():
+    page = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|$", page, re.M)
+    assert {name: re.findall(r"`(\w+)`", ids) for name, ids in rows} == {n: measured.expected(n) for n in CONFIGS}
 
 
-def trained(cfg, workdir: Path) -> set[str]:
-    """Detectors that call a real run wrong."""
-    cfg.run.report = False
-    with contextlib.suppress(FloatingPointError):  # not_finite stops the run
-        running.train_config(freeze(cfg), workdir, say=lambda text: None)
-    return {f["detector"] for f in examine(workdir).findings if f["severity"] != "notice"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_a_failure_config_fires_its_detector(path, tmp_path):
-    assert fires(path) in trained(config_dict(f"failures/{path.stem}"), tmp_path)
+def test_the_page_of_measurements_is_up_to_date():
+    """docs/results/doctor.md is made of its records; every config is in it, and each fires what it must."""
+    records = measured.read_lines(ROOT / measured.OUT)
+    assert (ROOT / measured.OUT).with_suffix(".md").read_text(encoding="utf-8") == measured.page(records)
+    failures = {r["config"]: r for r in records if r["kind"] == "failure"}
+    assert set(failures) == set(CONFIGS)
+    assert [name for name, r in failures.items() if measured.silent(r)] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
-def test_the_run_that_failures_start_from_is_healthy(seed, tmp_path):
-    from protojax import experiment
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_failures_fire_and_healthy_seeds_are_silent(workload, tmp_path):
+    """Trained in a process of its own: one device, so that each config compiles in seconds."""
+    names = [name for name in CONFIGS if name.startswith(workload)]
+    cache = os.environ.get("PROTOJAX_TEST_CACHE", str(ROOT / ".cache" / "jax"))
+    command = [sys.executable, "-m", "benchmarks.healthy", f"--only={','.join([workload, *names])}", "--seeds=2",
+               f"--out={tmp_path / 'out.jsonl'}", f"--cache={cache}"]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    records = measured.read_lines(tmp_path / "out.jsonl")
+    assert {r["config"] for r in records if r["kind"] == "failure"} == set(names), found.stderr[-2000:]
+    assert {r["config"]: measured.silent(r) for r in records if r["kind"] == "failure" and measured.silent(r)} == {}
+    well = [r for r in records if r["kind"] == "healthy"]
+    assert [r["seed"] for r in well] == [0, 1]
+    # What else the machine does decides how long a step waits for its batch.
+    assert [{*r["training"], *r["doctor"]} - {"starving_input"} for r in well] == [set(), set()]
+    assert all(r["after"] >= r["before"] for r in well)
 
-    cfg = experiment.fill(failures.tiny("healthy"))
-    cfg.seed = seed
-    # Its steps take milliseconds: what else the machine does decides how long they wait.
-    assert trained(cfg, tmp_path) - {"starving_input"} == set()
+
+@pytest.mark.slow
+def test_seeds_of_one_program_are_the_trainers(tmp_path):
+    """What the measurement of healthy runs trains with the seed as an argument is what `protojax train` trains."""
+    cfg = measured.quiet(measured.HEALTHY["soft_labels"]())
+    cfg.method.epochs, cfg.method.steps, cfg.evals.every, cfg.run.steps_per_call = 0.0, 12, 0.5, 4
+    cfg.seed = 1
+    for _ in measured.healthy_runs("soft_labels", (0, 1), cfg, keep=tmp_path / "ours"):
+        pass
+    running.train_config(freeze(cfg), tmp_path / "theirs", say=lambda text: None)
+    ours, theirs = (
+        [json.loads(line) for line in (tmp_path / who / "metrics.jsonl").read_text().splitlines()]
+        for who in ("ours", "theirs")
+    )
+    assert [(r["kind"], r["step"]) for r in ours] == [(r["kind"], r["step"]) for r in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        if a["kind"] != "diagnosis":
+            assert flatten(a["metrics"]) == pytest.approx(flatten(b["metrics"]), rel=1e-4, abs=1e-5, nan_ok=True)
 
 
 @pytest.mark.slow
 def test_a_finding_stops_the_run_where_that_is_asked(tmp_path):
-    cfg = config_dict("failures/prototypes_flat_targets")
+    cfg = measured.quiet(config_dict("failures/soft_labels_uniform"))
     cfg.run.on_finding = "stop"
-    with pytest.raises(RuntimeError, match=r"stopped by run.on_finding='stop': \[error\] chance_loss at step"):
-        trained(cfg, tmp_path)
-    assert "chance_loss" in {f["detector"] for f in examine(tmp_path).findings}
+    with pytest.raises(
+        RuntimeError, match=r"stopped by run.on_finding='stop': \[error\] uniform_by_construction at st"
+    ):
+        running.train_config(freeze(cfg), tmp_path, say=lambda text: None)
+    assert "uniform_by_construction" in {f["detector"] for f in examine(tmp_path).findings}

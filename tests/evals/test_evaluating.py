@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from protojax import cli, evaluating, loading, metrics, protocol, summary, teaching
 from protojax import step as step_lib
+from protojax.audit.measure import measure
 from protojax.checkpoint import Checkpoints
 from protojax.commands import eval as eval_command
 from protojax.data import soft_labels
@@ -52,6 +53,16 @@ def workdir(tmp_path_factory):
 def bank(workdir):
     """(features, spec) of the named data, once."""
     return evaluating.features(workdir, protocol.make(PLAIN), evaluating_data())[:2]
+
+
+def test_the_audit_of_a_workdir_is_of_the_codebook_that_its_loss_sees(workdir, capsys):
+    encode = loading.load(workdir)
+    numbers, _ = measure(encode.prototypes.astype(np.float32))
+    status, text = said(capsys, "audit", workdir / "checkpoints" / "0", "--json")
+    result = json.loads(text)
+    assert (status, result["format"], result["prototypes"]) == (0, "run of protojax", len(encode.prototypes))
+    assert result["key"] == "codebook of quickstart_smoke, arm decoupled, step 0"
+    assert {k: result[k] for k in ("unique", "duplicates")} == {k: numbers[k] for k in ("unique", "duplicates")}
 
 
 def evaluating_data():

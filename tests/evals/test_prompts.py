@@ -9,6 +9,7 @@ import pytest
 
 from protojax.evals import prompts as scores
 from protojax.evals.detectors import diagnose
+from protojax.evals.prompts_baselines import adam_probe, class_centres, spherical_kmeans
 
 K, C, N = 4, 3, 40
 LABELS = np.repeat(np.arange(C), N)
@@ -72,6 +73,44 @@ def test_accuracy_counts_ties_by_their_share_and_levels_by_name():
     assert scores.harmonic_mean(0.0, 0.0) == 0.0
 
 
+def test_probes_have_no_margin_and_calibration_mends_scores_of_any_scale():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 400)
+    cosine = 0.3 * np.eye(3)[labels] + 0.2 * rng.normal(size=(400, 3))
+    counts = np.asarray([200, 50, 5])
+    probe = scores.accuracy_numbers(scores.score_rows(cosine, labels, cosines=False), labels, counts)
+    known = scores.accuracy_report(cosine, labels, ("a", "b", "c"), counts)
+    assert probe["margin"] is None
+    assert 0 < known["margin"] < 1
+    assert {k: v for k, v in probe.items() if k != "margin"} == {k: v for k, v in known.items() if k != "margin"}
+    crossed = [scores.crossed_ece(scale * cosine, labels) for scale in (0.01, 1.0, 300.0)]
+    assert max(crossed) < 0.12
+    np.testing.assert_allclose(crossed, crossed[0], atol=1e-6)  # the scale is what the temperature takes out
+
+
+def test_spherical_k_means_finds_directions_and_never_loses_by_restarts():
+    rng = np.random.default_rng(0)
+    modes = np.eye(6)[np.repeat(np.arange(3), 20)] + 0.05 * rng.normal(size=(60, 6))
+    rows = modes / np.linalg.norm(modes, axis=1, keepdims=True)
+    centres = spherical_kmeans(rows, 3, seed=1)
+    np.testing.assert_allclose(np.linalg.norm(centres, axis=1), 1.0, rtol=1e-12)
+    assert sorted((rows @ centres.T).argmax(axis=1)[::20]) == [0, 1, 2]
+    value = [(rows @ spherical_kmeans(rows, 5, seed=2, restarts=n).T).max(axis=1).sum() for n in (1, 3, 6)]
+    assert value == sorted(value)
+    one = spherical_kmeans(rows, 1)[0]  # K = 1: the direction of the mean
+    np.testing.assert_allclose(one, rows.mean(0) / np.linalg.norm(rows.mean(0)), rtol=1e-9)
+    with pytest.raises(ValueError, match=r"clusters: expected a number in 1\.\.60, the rows, got 61"):
+        spherical_kmeans(rows, 61)
+    few = class_centres(rows[:2].astype(np.float32), np.asarray([0, 1]), 2, 3)
+    np.testing.assert_allclose(few, np.repeat(rows[:2, None], 3, axis=1), rtol=1e-6)
+
+
+def test_the_probe_without_choices_separates_what_is_separable():
+    rows = np.eye(4, dtype=np.float32)[np.arange(400) % 4]
+    weights, biases = adam_probe(rows, np.arange(400) % 4, classes=4)
+    assert ((rows @ weights + biases[None]).argmax(1) == np.arange(400) % 4).all()
+
+
 def test_separation_is_the_gap_between_the_own_and_the_other_sub_prompts():
     similarity = np.asarray([[1.0, 0.4, 0.2], [0.0, 0.6, 0.0]])
     assert scores.separation(similarity, np.asarray([0, 1])) == pytest.approx((0.7 + 0.6) / 2)
@@ -101,7 +140,7 @@ PLANTED = {
     "winner_take_all": WINNER,
     "identical_prompts": {"e_step__usage_perplexity": 7.9, "e_step__effective": 1.05},
     "diverse_unused": {**WINNER, "geometry__cos_mean": 0.12},
-    "nothing_learned": {"geometry__cos_mean": 0.95, "e_step__purity": 0.46},
+    "nothing_learned": {"geometry__cos_mean": 0.95, "e_step__purity": 0.46},  # random_purity is 0.45
     "train_infer_gap": {"inference__usage_perplexity_hard": 3.0},
     "near_empty_class": {"near_empty_classes": 2},
 }
@@ -121,6 +160,22 @@ def test_a_healthy_mixture_its_initialisation_and_a_single_prompt_are_left_alone
     single = {"count": 1, "e_step__usage_perplexity": 1.0, "e_step__usage_perplexity_hard": 1.0,
               "e_step__effective": 1.0, "e_step__max_usage": 1.0, "inference__usage_perplexity_hard": 1.0}  # fmt: skip
     assert diagnose([record(0, **single), record(100, **single)]) == []
+
+
+def test_a_start_that_nobody_trained_is_named_though_its_purity_is_not_that_of_other_random_offsets():
+    """Purity of random offsets spreads by more than the threshold: the run's own start is looked at too."""
+    still = {"geometry__cos_mean": 0.952, "e_step__purity": 0.39}  # random_purity is 0.45
+    named = [{f["detector"] for f in diagnose([record(0, **still), record(100, **still, **more)])}
+             for more in ({}, {"accuracy__top1": 0.9})]  # fmt: skip
+    assert named == [{"nothing_learned"}, set()]  # whoever gained nine points learned something
+
+
+def test_offsets_get_half_of_the_run_before_they_are_said_to_have_learned_nothing():
+    """A start that finds the modes keeps its purity: early in a run that is no sign of anything."""
+    still = PLANTED["nothing_learned"]
+    records = [{**record(100 * i, **still), "fraction": i / 4} for i in range(5)]
+    assert diagnose(records[:2]) == []
+    assert [(f["detector"], f["step"]) for f in diagnose(records)] == [("nothing_learned", 200)]
 
 
 def test_an_inert_term_of_a_mixture_is_a_notice_and_one_of_another_workload_is_silent_there():

@@ -145,6 +145,26 @@ def test_planted_failures(changes, detector):
     assert set(fired(**changes)) == {detector}
 
 
+def test_retrieval_at_chance_scatters_as_a_sample_does():
+    """A random ranking of 256 pairs hits R@10 in 10 of them, give or take three; twice that is no chance any more."""
+    rng = np.random.default_rng(0)
+    rank = rng.permuted(np.tile(np.arange(256), (256, 1)), axis=1)[:, 0]
+    hits = {k: float((rank < k).mean()) for k in (1, 5, 10)}
+    assert abs(hits[10] - 10 / 256) > 0.5 / 256
+
+    def named(found):
+        records = history(**HEALTHY)
+        for record in records:
+            if record["kind"] == "eval" and record["step"] > 1:
+                side = {"recall": {str(k): v for k, v in found.items()}, "gallery": 256,
+                        "chance": {str(k): k / 256 for k in found}}  # fmt: skip
+                record["metrics"]["alignment"] |= {"i2t": {"64": side}, "t2i": {"64": side}}
+        return {f["detector"] for f in diagnose(records, warmup_steps=40) if f["severity"] != "notice"}
+
+    assert "chance_retrieval" in named(hits)
+    assert "chance_retrieval" not in named({k: v + 20 / 256 for k, v in hits.items()})
+
+
 def test_a_first_loss_that_leaks_or_is_far_too_high():
     for start, expected in ((math.log(128) + 0.2, set()), (math.log(128) + 5.0, {"start_loss"}), (3.0, {"start_loss"})):
         record = {"kind": "train", "step": 1, "metrics": {

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from protojax.api import Codebook
 from protojax.estimators.usage import usage_start, usage_statistics, usage_update
 from protojax.objectives import prompts_terms as terms
 from protojax.objectives.prompts import (
@@ -19,6 +20,7 @@ from protojax.objectives.prompts import (
     e_step,
     prompt_loss,
     prompt_terms,
+    prompts,
 )
 from protojax.ops import prompts as ops
 from protojax.ops.unit import unit
@@ -185,6 +187,32 @@ def test_every_term_has_a_gradient_and_stopped_ones_have_exactly_none():
     assert stopped["entropy"] == 0.0
     assert stopped["min_usage"] == 0.0
     assert stopped["diversity"] == live["diversity"] > 0.0
+
+
+def seen(offsets: jax.Array, data: PromptData, options: PromptOptions) -> tuple[float, float]:
+    """(weight, gradient norm) of the classification term as the gradient probe sees them."""
+    book = Codebook(offsets, data.usage)
+    constants = {"base": data.base, "centre": data.centre}
+    inputs = {
+        "student": {"image": data.images[None]}, "mask": data.mask, "step": jnp.int32(0), "prediction": book,
+        "batch": {"label": data.labels, "constants": constants}, "estimator": {"shared": {}},
+    }  # fmt: skip
+    named = prompts(options=options, total_steps=10).terms
+    weight, _ = named({}, inputs)["classification"]
+    value = lambda o: named({}, {**inputs, "prediction": Codebook(o, data.usage)})["classification"][1]  # noqa: E731
+    return float(weight), float(jnp.linalg.norm(jax.grad(value)(offsets)))
+
+
+def test_a_cross_entropy_that_is_met_to_rounding_is_not_taken_for_a_dead_term():
+    """50 / 0.07 = 714: with prompts on their images float32 leaves a gradient of exactly 0, and the probe then gives
+    the term no weight. A class that is missed keeps its weight."""
+    offsets, data = example()
+    apart = data._replace(images=jnp.eye(C, D)[data.labels], base=jnp.eye(C, D))
+    zero = jnp.zeros_like(offsets)
+    assert seen(zero, apart, CURED) == (0.0, 0.0)
+    weight, norm = seen(zero, apart._replace(labels=(apart.labels + 1) % C), CURED)
+    assert weight == 0.5
+    assert norm > 1.0
 
 
 def test_the_assignment_of_the_mixture_term_carries_no_gradient():

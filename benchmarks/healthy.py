@@ -1,0 +1,381 @@
+"""Do detectors fire where they must, and stay silent where all is well? docs/results/doctor.md.
+
+    python -m benchmarks.healthy                            # 20 seeds a workload, and every failure config; resumes
+    python -m benchmarks.healthy --only alignment --seeds 3
+    python -m benchmarks.healthy --only failures            # every file of configs/failures/, seed 0
+    python -m benchmarks.healthy --table                    # write the page from what is there
+
+The healthy run of a workload is the one that its failure configs start from (`protojax.failures`). Its seeds share one
+compiled step: the loop, the step, the evaluations, checkpoints and records are the trainer's own
+(`protojax.train.Loop`), but the seed is an argument of the compiled functions; a test holds that the records equal
+those of `protojax train`. A failure config is trained by the trainer itself. Each run leaves one line in
+docs/results/doctor.jsonl: what fired in training (`diagnosis` records) and what the doctor says afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from protojax import configs_path, experiment, failures, parallel, running, summary, train
+from protojax import step as step_lib
+from protojax.api import Recipe, TrainState
+from protojax.checkpoint import Checkpoints
+from protojax.config import Config, freeze
+from protojax.distributed import StopFlag
+from protojax.metrics import Writer
+from protojax.reporting.doctor import examine
+
+OUT = Path("docs/results/doctor.jsonl")
+SEEDS = 20
+HEALTHY: dict[str, Callable[[], ml_collections.ConfigDict]] = {
+    "prototypes": lambda: experiment.fill(failures.healthy("healthy")),
+    "soft_labels": lambda: failures.soft_labels("healthy", "default"),
+    "prompts": lambda: failures.prompts("healthy", "default"),
+    "alignment": lambda: failures.alignment("healthy", "perceiver"),
+}
+
+
+# --------------------------------------------------------------------------------------------------- one program
+class Programs:
+    """The compiled functions of one configuration, with the seed as their first argument."""
+
+    def __init__(self, recipe: Recipe, options: train.Options):
+        base = train.make_session(recipe, options)
+        self.base, same, calls = base, parallel.replicated(base.mesh), options.run.steps_per_call
+        rows, stacked = parallel.batch_sharding(base.mesh), parallel.batch_sharding(base.mesh, 1)
+        join, carried = step_lib.join, (base.shardings, same)
+
+        def of(seed: jax.Array) -> Recipe:
+            return recipe._replace(seed=seed)  # type: ignore[arg-type]
+
+        self._init = jax.jit(lambda seed, b, c: step_lib.init_state(of(seed), join(b, c)), out_shardings=base.shardings)
+        self._warm = jax.jit(
+            lambda seed, s, b, c, i: step_lib.warm_up(of(seed), s, join(b, c), i), out_shardings=carried
+        )
+        self._start = jax.jit(lambda seed, s, r: step_lib.start(of(seed), s, r), out_shardings=base.shardings)
+
+        def one(seed: jax.Array, state: Any, sums: Any, batch: Any, constants: Any) -> Any:
+            return step_lib.accumulate(of(seed), (state, sums), join(batch, constants))[0]
+
+        def many(seed: jax.Array, state: Any, sums: Any, batches: Any, constants: Any) -> Any:
+            def body(carry: Any, batch: Any) -> Any:
+                return step_lib.accumulate(of(seed), carry, join(batch, constants))
+
+            return jax.lax.scan(body, (state, sums), batches, length=calls)[0]
+
+        def jitted(function: Any, batch: Any) -> Any:
+            shardings = (same, base.shardings, same, batch, same)
+            return jax.jit(function, in_shardings=shardings, out_shardings=carried, donate_argnums=(1, 2))
+
+        self._one, self._many = jitted(one, rows), jitted(many, stacked)
+        self._terms = jax.jit(lambda seed, s, b, c: step_lib.term_gradients(of(seed), s, join(b, c)))
+
+    def session(self, recipe: Recipe, options: train.Options) -> train.Session:
+        """A session of the loop for one seed, whose functions are those that are compiled already."""
+        seed, base = jnp.int32(recipe.seed), self.base
+        return base._replace(
+            recipe=recipe,
+            options=options,
+            constants=parallel.place_constants(base.mesh, recipe.constants),
+            one=lambda s, a, b, c: self._one(seed, s, a, b, c),
+            many=lambda s, a, b, c: self._many(seed, s, a, b, c),
+            terms=None if base.terms is None else lambda s, b, c: self._terms(seed, s, b, c),
+        )
+
+    def initial_state(self, session: train.Session) -> TrainState:
+        """As `train.initial_state`."""
+        recipe, source = session.recipe, session.recipe.sources["train"]
+        seed = jnp.int32(recipe.seed)
+        state = self._init(seed, parallel.to_device(session.mesh, source.batch(0)), session.constants)
+        needed = 0 if recipe.estimator is None else recipe.estimator.start_rows
+        passes = train.WARM_UP_PASSES if jax.tree.leaves(session.shapes.stats) else 0
+        collected: list[dict[str, jax.Array]] = []
+        i = 0
+        while i < passes or sum(len(r["mask"]) for r in collected) < needed:
+            batch = parallel.to_device(session.mesh, source.batch(i))
+            state, rows = self._warm(seed, state, batch, session.constants, jnp.int32(i))
+            collected += [rows] if needed else []
+            i += 1
+        if not needed:
+            return state
+        rows = {k: jnp.concatenate([r[k] for r in collected])[-needed:] for k in collected[0]}
+        return self._start(seed, state, rows)
+
+
+def train_seed(programs: Programs, recipe: Recipe, options: train.Options) -> None:
+    """What `train.run` does, with these programs; records, diagnoses and checkpoints go to options.workdir."""
+    session = programs.session(recipe, options)
+    checkpoints = Checkpoints(options.workdir / "checkpoints", options.run.keep)
+    writer = Writer(options.workdir, tensorboard=False)
+    try:
+        loop = train.Loop(session, checkpoints, writer)
+        state = programs.initial_state(session)
+        loop.evaluate(state, 0)
+        loop.save(state, 0)
+        with StopFlag() as stop:
+            state, at = loop.advance(state, 0, stop)
+        if loop.evaluated(at) is None:
+            loop.evaluate(state, at)
+    finally:
+        checkpoints.close()
+        writer.close()
+
+
+def options_of(config: Config, workdir: Path) -> train.Options:
+    """The loop's options for a run in `workdir`, silent."""
+    say: Callable[[str], None] = lambda text: None  # noqa: E731
+    fingerprint = running.fingerprint(config)
+    return train.Options(workdir, config.run, config.system, config.evals.every, fingerprint, say=say)
+
+
+def quiet(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Without what only a person looks at."""
+    cfg.run.report = cfg.run.progress = cfg.run.tensorboard = False
+    return cfg
+
+
+# ------------------------------------------------------------------------------------------------------- records
+def fired(workdir: Path) -> dict[str, Any]:
+    """{'training': {detector: first step} of the errors and warnings that the run wrote as it went, 'doctor':
+    {detector: step} of those that the doctor finds in the folder, 'notices': {detector: step} of its notices (not
+    those of findings that have gone again), 'steps'}."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    said: dict[str, int] = {}
+    for record in lines:
+        if record["kind"] == "diagnosis" and record["severity"] != "notice":
+            said.setdefault(record["detector"], record["step"])
+    findings = examine(workdir).findings
+    found = {f["detector"]: f["step"] for f in findings if f["severity"] != "notice"}
+    notices = {f["detector"]: f["step"] for f in findings
+               if f["severity"] == "notice" and not f["evidence"].startswith("Gone")}  # fmt: skip
+    return {"training": said, "doctor": found, "notices": notices, "steps": max(r["step"] for r in lines)}
+
+
+def silent(record: dict[str, Any]) -> list[str]:
+    """Detectors that a failure config must fire and that said nothing, in training or afterwards."""
+    heard = [{**record[who], **record["notices"]} for who in ("training", "doctor")]
+    return [name for name in expected(record["config"]) if any(name not in found for found in heard)]
+
+
+def learned(workload: str, workdir: Path) -> dict[str, float]:
+    """{'before', 'after'}: one number that training should have raised, at step 0 and at the end."""
+    path = {
+        "prototypes": ("knn", "fine", "5"),
+        "soft_labels": ("soft_labels", "val", "skill"),
+        "prompts": ("prompts", "e_step", "purity"),
+        "alignment": ("alignment", "i2t"),
+    }[workload]
+    values = []
+    for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["kind"] == "eval":
+            at: Any = record["metrics"]
+            for name in path:
+                at = at[name]
+            if workload == "alignment":
+                at = at[max(at, key=int)]["recall"]["1"]
+            values.append(float(at))
+    return {"before": values[0], "after": values[-1]}
+
+
+def healthy_runs(
+    workload: str, seeds: Iterable[int], cfg: ml_collections.ConfigDict | None = None, keep: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield a record a seed of the healthy run of a workload (or of `cfg`): one compilation for all. keep: a folder
+    that each run is copied to, so that the last stays."""
+    cfg = quiet(HEALTHY[workload]() if cfg is None else cfg)
+    programs: Programs | None = None
+    for seed in seeds:
+        cfg.seed = seed
+        config = freeze(cfg)
+        with tempfile.TemporaryDirectory(prefix="protojax-healthy-") as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            began, used, options = time.perf_counter(), time.process_time(), options_of(config, Path(folder))
+            recipe = experiment.build(config)
+            programs = programs or Programs(recipe, options)
+            train_seed(programs, recipe, options)
+            if keep is not None:
+                shutil.copytree(folder, keep, dirs_exist_ok=True)
+            yield {
+                "kind": "healthy", "workload": workload, "seed": seed, **fired(Path(folder)),
+                **learned(workload, Path(folder)), "seconds": round(time.perf_counter() - began, 1),
+                "cpu_seconds": round(time.process_time() - used, 1), "versions": summary.versions(),
+            }  # fmt: skip
+
+
+def failure_names() -> list[str]:
+    """Every file of configs/failures/, without its ending."""
+    return sorted(path.stem for path in configs_path.find("failures/prototypes_joint").parent.glob("*_*.py"))
+
+
+def expected(name: str) -> list[str]:
+    """Detector ids that the header of a failure config says must fire."""
+    text = ast.get_docstring(ast.parse(configs_path.find(f"failures/{name}").read_text(encoding="utf-8"))) or ""
+    found = re.search(r"^Fires: ([a-z_, ]+)$", text, re.M)
+    if not found:
+        raise ValueError(f"configs/failures/{name}.py: expected a line 'Fires: ID, ID' in its docstring, found none.")
+    return found[1].split(", ")
+
+
+def failure_run(name: str, workdir: Path, cache: str = "") -> dict[str, Any]:
+    """Train one failure config as `protojax train` does and say what fired. cache: folder of compiled programs."""
+    spec = importlib.util.spec_from_file_location("failure", configs_path.find(f"failures/{name}"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cfg = quiet(module.get_config())
+    cfg.system.compilation_cache = cache
+    began, used = time.perf_counter(), time.process_time()
+    with warnings.catch_warnings(), contextlib.suppress(FloatingPointError):  # not_finite stops the run
+        warnings.simplefilter("ignore")
+        running.train_config(freeze(cfg), workdir, say=lambda text: None)
+    return {
+        "kind": "failure", "config": name, **fired(workdir),
+        "seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(time.process_time() - used, 1),
+        "versions": summary.versions(),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- page
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records so far, but for those of failure configs that are no more; the last one of a run counts."""
+    if not path.is_file():
+        return []
+    known = {None, *failure_names()}
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record.get("config") not in known:
+            continue
+        found[record["kind"], record.get("workload"), record.get("seed"), record.get("config")] = record
+    return list(found.values())
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    """docs/results/doctor.md."""
+    out = [
+        "# Detectors: where they fire and where they are silent",
+        "",
+        "Written by `python -m benchmarks.healthy`; every run is a line of [doctor.jsonl](doctor.jsonl). Errors and "
+        "warnings are counted, notices are not. What each detector means: [troubleshooting.md]"
+        "(../troubleshooting.md#detectors).",
+        "",
+        "## Healthy runs",
+        "",
+        "The small run that the failure configs of a workload start from (prototypes: `failures.healthy`, with "
+        "whitened features), one row a workload: how many seeds, how many of them had any finding, in training "
+        "or by the doctor afterwards, and one number before and after training.",
+        "",
+        "| workload | seeds | steps | processor s a run, median | in training | by the doctor | learned (mean) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for workload in HEALTHY:
+        rows = [r for r in records if r["kind"] == "healthy" and r["workload"] == workload]
+        if rows:
+            seconds = sorted(r["cpu_seconds"] for r in rows)[len(rows) // 2]
+            before, after = (sum(r[k] for r in rows) / len(rows) for k in ("before", "after"))
+            seen = (_counts(r["training"] for r in rows), _counts(r["doctor"] for r in rows))
+            learnt = f"{MEASURE[workload]}: {before:.3f} to {after:.3f}"
+            cells = (workload, len(rows), rows[0]["steps"], f"{seconds:.1f}", *seen, learnt)
+            out.append(f"| {' | '.join(map(str, cells))} |")
+    out += [
+        "",
+        "## Failures",
+        "",
+        "Every file of `configs/failures/`, seed 0, trained as `protojax train --config=failures/NAME` does. Step: the "
+        "first at which training said so. Processor seconds include compilation, as far as it was not in the cache.",
+        "",
+        "| config | must fire | first step | heard, in training and by the doctor | also fired | processor s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for record in sorted((r for r in records if r["kind"] == "failure"), key=lambda r: r["config"]):
+        wanted, training, missed = expected(record["config"]), record["training"], silent(record)
+        first = {**record["notices"], **training}
+        steps = ", ".join(str(first.get(d, "**silent**")) for d in wanted)
+        more = sorted({*training, *record["doctor"]} - set(wanted))
+        cells = (record["config"], _ids(wanted), steps, f"**without {_ids(missed)}**" if missed else "yes",
+                 _ids(more) or "-", f"{record['cpu_seconds']:.0f}")  # fmt: skip
+        out.append(f"| {' | '.join(cells)} |")
+    latest = max(records, key=lambda r: r.get("versions", {}).get("protojax", ""), default={})
+    versions = ", ".join(f"{k} {v}" for k, v in latest.get("versions", {}).items())
+    return "\n".join([*out, "", f"One CPU device. {versions}.", ""])
+
+
+def _ids(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _counts(found: Iterable[Iterable[str]]) -> str:
+    """'none', or how many runs had which finding."""
+    counts: dict[str, int] = {}
+    for names in found:
+        for name in names:
+            counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"`{name}` {count}" for name, count in sorted(counts.items())) or "none"
+
+
+MEASURE = {
+    "prototypes": "k-NN, k = 5",
+    "soft_labels": "skill",
+    "prompts": "mode purity",
+    "alignment": "R@1",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is missing, then write the page. Exit status 1 where a failure was silent or a healthy run was not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join((*HEALTHY, "failures")), help="workloads, 'failures', or its files")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="0, 1, ..., SEEDS - 1 of every workload")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--cache", default=os.path.expanduser("~/.cache/protojax/jax"), help="of compiled programs")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    options = parser.parse_args(arguments)
+    jax.config.update("jax_compilation_cache_dir", options.cache)
+    done = read_lines(options.out)
+    names = [] if options.table else options.only.split(",")
+    with options.out.open("a", encoding="utf-8") as file:
+
+        def keep(record: dict[str, Any]) -> None:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            shown = {k: v for k, v in record.items() if k not in ("versions", "notices", "kind")}
+            print(json.dumps(shown), flush=True)
+
+        for workload in (name for name in names if name in HEALTHY):
+            had = {r["seed"] for r in done if r["kind"] == "healthy" and r["workload"] == workload}
+            for record in healthy_runs(workload, [s for s in range(options.seeds) if s not in had]):
+                keep(record)
+        had = {r["config"] for r in done if r["kind"] == "failure"}
+        for name in failure_names():
+            if name in names or ("failures" in names and name not in had):
+                with tempfile.TemporaryDirectory(prefix="protojax-failure-") as folder:
+                    keep(failure_run(name, Path(folder), options.cache))
+    records = read_lines(options.out)
+    options.out.with_suffix(".md").write_text(page(records), encoding="utf-8")
+    missed = any(r["kind"] == "failure" and silent(r) for r in records)
+    loud = any(r["kind"] == "healthy" and (r["training"] or r["doctor"]) for r in records)
+    return int(missed or loud)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
