@@ -41,7 +41,7 @@ def test_fill_makes_every_option_of_every_component_known():
         offered = {k for k in accepted if k in c.method[part]}
         assert len(offered) >= len(accepted) - 1, (part, accepted - offered)  # a table's default may be a structure
     assert c.is_locked
-    assert set(c.data.source) == {"name", "size", "classes", "side", "seed"}
+    assert set(c.data.source) == {"name", "size", "classes", "side", "delay", "seed"}
     frozen = freeze(c)
     assert experiment.build(frozen).total_steps == 2
 
