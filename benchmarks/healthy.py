@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -237,12 +236,7 @@ def expected(name: str) -> list[str]:
 
 def failure_run(name: str, workdir: Path, cache: str = "") -> dict[str, Any]:
     """Train one failure config as `protojax train` does and say what fired. cache: folder of compiled programs."""
-    spec = importlib.util.spec_from_file_location("failure", configs_path.find(f"failures/{name}"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    cfg = quiet(module.get_config())
+    cfg = quiet(configs_path.load(f"failures/{name}"))
     cfg.system.compilation_cache = cache
     began, used = time.perf_counter(), time.process_time()
     with warnings.catch_warnings(), contextlib.suppress(FloatingPointError):  # not_finite stops the run

@@ -59,8 +59,7 @@ def recipe_of(job: str, seed: int, smoke: bool) -> tuple[Recipe, str]:
     argument = {"fashion": arm, "grocery": arm, "grocery_fine": f"{arm},fine"}.get(preset, f"{arm},{preset}")
     if preset == "fashion":
         changes["data.root"] = str(_FILES["fashion"])
-    module = configs_path.function_of(configs_path.find(name), "get_config", "argument", "config")
-    cfg = module(argument + (",smoke" if smoke else ""))
+    cfg = configs_path.load(f"{name}:{argument}" + (",smoke" if smoke else ""))
     cfg.update_from_flattened_dict({"seed": seed, **changes})
     flags = "".join(f" --config.{k}={Path(v).name}" for k, v in changes.items())
     with warnings.catch_warnings():

@@ -48,6 +48,14 @@ def tiny(name: str) -> ml_collections.ConfigDict:
     return c
 
 
+def joint(name: str, components: int = 16) -> ml_collections.ConfigDict:
+    """`tiny` with prototypes that learn with the encoder."""
+    c = tiny(name)
+    c.arm = "joint"
+    c.method.estimator = component("learned", components=components, features="unit")
+    return c
+
+
 def prompts(name: str, arm: str = "default", argument: str = "") -> ml_collections.ConfigDict:
     """An arm of the prompts workload on the small synthetic features; `argument` may be 'smoke'. Filled."""
     _, flags = parse_argument(argument, (arm,))

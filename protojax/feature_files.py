@@ -20,10 +20,10 @@ from protojax.api import FeatureBank, SourceSpec
 SUFFIXES = (".npz", ".parquet")
 
 
-def check_target(path: Path) -> None:
+def check_target(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> None:
     """Raises ValueError for another suffix, a missing folder, or Parquet without pyarrow: before any computing."""
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"--out={path}: expected a name that ends in {' or '.join(SUFFIXES)}.")
+    if path.suffix not in suffixes:
+        raise ValueError(f"--out={path}: expected a name that ends in {' or '.join(suffixes)}.")
     if not path.parent.is_dir():
         raise ValueError(f"--out={path}: there is no folder {path.parent}; make it first.")
     if path.suffix == ".parquet":

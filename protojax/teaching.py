@@ -18,8 +18,8 @@ import numpy as np
 
 from protojax import evaluating
 from protojax.config import Data
-from protojax.evals.knn import check_ks, check_labels
-from protojax.evals.neighbours import nearest_rows
+from protojax.evals.knn import check_ks, check_labels, votes_of
+from protojax.evals.neighbours import Neighbours, nearest_rows
 from protojax.protocol import Protocol
 
 
@@ -43,17 +43,12 @@ def beliefs(
     own = queries is None
     check_ks((k,), len(bank) - own, clamp=False)
     found = nearest_rows(bank if queries is None else queries, bank, k + own)
-    indices, cosines = found.indices, found.cosines
     if own:
-        itself = indices == np.arange(len(bank))[:, None]
+        itself = found.indices == np.arange(len(bank))[:, None]
         # Behind more than k duplicates a row may not be among its own neighbours: then the last one goes.
         itself[:, -1] |= ~itself.any(axis=1)
-        indices, cosines = (a[~itself].reshape(len(bank), k) for a in (indices, cosines))
-    weights = np.exp((cosines - cosines.max(axis=1, keepdims=True)) / temperature)
-    rows = np.arange(len(indices))[:, None]
-    votes = np.bincount(
-        (rows * num_classes + labels[indices]).ravel(), weights.ravel(), minlength=len(indices) * num_classes
-    ).reshape(len(indices), num_classes)
+        found = Neighbours(*(a[~itself].reshape(len(bank), k) for a in found))
+    votes = votes_of(found, labels, k, temperature, num_classes)
     return votes / votes.sum(axis=1, keepdims=True)
 
 

@@ -9,13 +9,10 @@ Fires: dead_prototypes
 from ml_collections import ConfigDict
 
 from protojax import experiment, failures
-from protojax.config import component
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    c = failures.tiny("prototypes_collapsed_teacher")
-    c.arm = "joint"
-    c.method.estimator = component("learned", components=64, features="unit")
+    c = failures.joint("prototypes_collapsed_teacher", components=64)
     c.method.objective.carp.regulariser = 0.0
     c.method.teacher.start = 0.0
     c.method.teacher.end = 0.0

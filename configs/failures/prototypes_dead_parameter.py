@@ -9,13 +9,10 @@ Fires: dead_parameter
 from ml_collections import ConfigDict
 
 from protojax import experiment, failures
-from protojax.config import component
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    c = failures.tiny("prototypes_dead_parameter")
-    c.arm = "joint"
-    c.method.estimator = component("learned", components=16, features="unit")
+    c = failures.joint("prototypes_dead_parameter")
     c.method.objective.carp.weight = 0.0
     c.method.objective.koleo_proto = ConfigDict({"weight": 1.0})
     c.method.steps = 60

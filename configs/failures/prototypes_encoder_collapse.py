@@ -9,13 +9,10 @@ Fires: encoder_collapse
 from ml_collections import ConfigDict
 
 from protojax import experiment, failures
-from protojax.config import component
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    c = failures.tiny("prototypes_encoder_collapse")
-    c.arm = "joint"
-    c.method.estimator = component("learned", components=16, features="unit")
+    c = failures.joint("prototypes_encoder_collapse")
     c.method.objective.carp.regulariser = 0.0
     c.method.head.dim = 64
     c.method.optim.peak_lr = 2e-2

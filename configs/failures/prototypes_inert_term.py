@@ -9,13 +9,10 @@ Fires: inert_term
 from ml_collections import ConfigDict
 
 from protojax import experiment, failures
-from protojax.config import component
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    c = failures.tiny("prototypes_inert_term")
-    c.arm = "joint"
-    c.method.estimator = component("learned", components=16, features="unit")
+    c = failures.joint("prototypes_inert_term")
     c.method.objective.koleo_proto = ConfigDict({"weight": 1e-14})
     c.method.steps = 60
     return experiment.fill(c)

@@ -24,9 +24,7 @@ def run(options: argparse.Namespace) -> int:
     from protojax import feature_files, loading, protocol, running, teaching
     from protojax.data.naming import parse_data
 
-    if options.out.suffix != ".npz":
-        raise ValueError(f"--out={options.out}: expected a name that ends in .npz.")
-    feature_files.check_target(options.out)
+    feature_files.check_target(options.out, (".npz",))
     running.prepare(loading.read_config(options.workdir))
     data = None if options.data is None else parse_data(options.data)
     found = teaching.arrays(

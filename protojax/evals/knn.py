@@ -43,17 +43,19 @@ def check_ks(ks: Sequence[int], bank_rows: int, clamp: bool) -> dict[int, int]:
     return {int(k): min(int(k), bank_rows) for k in sorted(set(ks))}
 
 
-def vote(neighbours: Neighbours, bank_labels: np.ndarray, k: int, temperature: float, num_classes: int) -> np.ndarray:
-    """Class with most votes among the k nearest, int64 [Q].
+def votes_of(
+    neighbours: Neighbours, bank_labels: np.ndarray, k: int, temperature: float, num_classes: int
+) -> np.ndarray:
+    """Votes of the k nearest for each class, float64 [Q,C].
 
-    Weights are exp((cos - cos_nearest) / T): the same winner as exp(cos / T) and no overflow at small T. A class's
+    Weights are exp((cos - cos_nearest) / T): the same shares as exp(cos / T) and no overflow at small T. A class's
     votes are added nearest first, so classes with equal neighbours tie exactly.
     """
     weights = np.exp((neighbours.cosines[:, :k] - neighbours.cosines[:, :1]) / temperature)
     classes = bank_labels[neighbours.indices[:, :k]]
     rows = np.arange(len(classes))[:, None]
     votes = np.bincount((rows * num_classes + classes).ravel(), weights.ravel(), minlength=len(classes) * num_classes)
-    return votes.reshape(len(classes), num_classes).argmax(axis=1)
+    return votes.reshape(len(classes), num_classes)
 
 
 def knn_predict(
@@ -81,7 +83,7 @@ def knn_predict(
     for start in range(0, len(queries), block):  # votes are [block, C]: bounded whatever Q
         neighbours = nearest_rows(queries[start : start + block], bank, max(used.values()), block=block)
         for k, count in used.items():
-            predicted[k].append(vote(neighbours, bank_labels, count, temperature, num_classes))
+            predicted[k].append(votes_of(neighbours, bank_labels, count, temperature, num_classes).argmax(axis=1))
     return {k: np.concatenate(parts) if parts else np.zeros(0, np.int64) for k, parts in predicted.items()}
 
 

@@ -135,6 +135,13 @@ def ridge_probe(
 
 
 # ------------------------------------------------------------------------------------------------- softmax
+def softmax_loss(params: tuple[jax.Array, jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
+    """Mean cross-entropy of softmax(x W + b) with params (W [F,C], b [C]) on rows x [B,F] of labels y [B]."""
+    logits = x @ params[0] + params[1][None, :]
+    picked = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - picked)
+
+
 @partial(jax.jit, static_argnames=("steps", "batch_size", "num_classes"))
 def _train_grid(
     features: jax.Array, labels: jax.Array, rates: jax.Array, decays: jax.Array, key: jax.Array, *,
@@ -144,15 +151,10 @@ def _train_grid(
     members, width = rates.shape[0], features.shape[1]
     start = (jnp.zeros((members, width, num_classes), jnp.float32), jnp.zeros((members, num_classes), jnp.float32))
 
-    def loss(params: tuple[jax.Array, jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = x @ params[0] + params[1][None, :]
-        picked = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
-        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - picked)
-
     def step(carry: Any, t: jax.Array) -> tuple[Any, None]:
         params, velocity = carry
         chosen = jax.random.randint(jax.random.fold_in(key, t), (batch_size,), 0, features.shape[0])
-        grads = jax.vmap(jax.grad(loss), in_axes=(0, None, None))(params, features[chosen], labels[chosen])
+        grads = jax.vmap(jax.grad(softmax_loss), in_axes=(0, None, None))(params, features[chosen], labels[chosen])
         grads = (grads[0] + decays[:, None, None] * params[0], grads[1])
         rate = rates * 0.5 * (1.0 + jnp.cos(jnp.pi * t.astype(jnp.float32) / steps))
         velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, grads)

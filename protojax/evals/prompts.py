@@ -155,12 +155,6 @@ def score_rows(scores: np.ndarray, labels: np.ndarray, *, cosines: bool = True) 
     return Scored(credit, scores.argmax(axis=1), margins(scores) if cosines else np.full(len(labels), np.nan))
 
 
-def accuracy_report(cosine: np.ndarray, labels: np.ndarray, class_names: Sequence[str], counts: np.ndarray,
-                    levels: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:  # fmt: skip
-    """`accuracy_numbers` of class scores [N,C], cosines of each image with its nearest prompt of each class."""
-    return accuracy_numbers(score_rows(cosine, labels), labels, counts, levels)
-
-
 def accuracy_numbers(scored: Scored, labels: np.ndarray, counts: np.ndarray,
                      levels: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:  # fmt: skip
     """top1: a tie of t classes that includes the true one counts 1/t; balanced: mean recall of classes present; many,

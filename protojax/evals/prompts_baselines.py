@@ -7,8 +7,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from protojax.evals.kmeans import plus_plus
+from protojax.evals.linear import softmax_loss
 
 RATE, EPOCHS, BATCH = 1e-3, 100, 256
 ITERATIONS = 100
@@ -59,26 +61,18 @@ def class_centres(images: np.ndarray, labels: np.ndarray, classes: int, count: i
 @partial(jax.jit, static_argnames=("classes", "steps", "batch"))
 def _adam(rows: jax.Array, labels: jax.Array, key: jax.Array, *, classes: int, steps: int, batch: int) -> tuple[
     jax.Array, jax.Array]:  # fmt: skip
-    def loss(params: tuple[jax.Array, jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = x @ params[0] + params[1][None, :]
-        picked = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
-        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - picked)
+    adam = optax.adam(RATE)
 
     def step(carry: tuple, t: jax.Array) -> tuple[tuple, None]:
-        params, first, second = carry
+        params, moments = carry
         chosen = jax.random.randint(jax.random.fold_in(key, t), (batch,), 0, rows.shape[0])
-        gradient = jax.grad(loss)(params, rows[chosen], labels[chosen])
-        first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, gradient)
-        second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, gradient)
-        count = t.astype(jnp.float32) + 1.0
-        bias, square = 1.0 - 0.9**count, 1.0 - 0.999**count
-        params = jax.tree.map(
-            lambda p, m, v: p - RATE * (m / bias) / (jnp.sqrt(v / square) + 1e-8), params, first, second
-        )
-        return (params, first, second), None
+        gradient = jax.grad(softmax_loss)(params, rows[chosen], labels[chosen])
+        with jax.numpy_dtype_promotion("standard"):  # optax counts its steps in int32
+            updates, moments = adam.update(gradient, moments)
+        return (optax.apply_updates(params, updates), moments), None
 
     zeros = (jnp.zeros((rows.shape[1], classes), jnp.float32), jnp.zeros((classes,), jnp.float32))
-    (params, _, _), _ = jax.lax.scan(step, (zeros, zeros, zeros), jnp.arange(steps, dtype=jnp.int32))
+    (params, _), _ = jax.lax.scan(step, (zeros, adam.init(zeros)), jnp.arange(steps, dtype=jnp.int32))
     return params
 
 

@@ -16,6 +16,7 @@ from protojax.data.prompts_cache import FeatureCache, Features, check_cache, sav
 from protojax.data.prompts_pictures import Pictures, batches, open_pictures
 from protojax.data.prompts_templates import Templates, class_texts, levels_of, open_templates, read_class_fields
 from protojax.data.prompts_thumbnails import PATH, SIDE, THUMBNAIL, middle
+from protojax.feature_files import check_target
 from protojax.towers.model import ImageText, load
 from protojax.towers.tokens import write_tokens
 
@@ -163,8 +164,7 @@ def modes_of(pictures: Pictures) -> tuple[tuple[int, ...], ...]:
 def _check_out(out: Path) -> None:
     if out.suffix != ".npz":
         raise ValueError(f"--out={out}: features of pretrained towers are written as .npz; name a file that ends in it")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out={out}: there is no folder {out.parent}; make it first.")
+    check_target(out)
 
 
 def _hollow(pictures: Pictures, drop_empty_classes: bool) -> FeatureCache:

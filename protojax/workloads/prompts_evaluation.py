@@ -205,22 +205,26 @@ def prompts_made(base: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 def e_step_of(features: Features, made: np.ndarray, usage: np.ndarray, centre: np.ndarray, options: PromptOptions,
               potential: np.ndarray | None = None, prior: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
     """Responsibilities [N,K] of the sub-prompts of the true class, final temperature and price (or potential)."""
-    tau = options.tau(1.0)
     arrays = jax.tree.map(jnp.asarray, (usage, made, centre, potential, prior))
+    return _rows(lambda x, y: _responsibilities(x, y, arrays, options.tau(1.0), options), features)
 
-    @jax.jit
-    def step(x: jax.Array, y: jax.Array, arrays: tuple) -> jax.Array:
-        u, p, c, f, shares = arrays
-        data = PromptData(x, y, jnp.ones(y.shape, bool), c, c, u, f, shares)
-        return e_step(p[y], data, options, tau).responsibilities
 
-    return _rows(lambda x, y: step(x, y, arrays), features)
+@partial(jax.jit, static_argnames=("options",))  # compiled once, not at every evaluation
+def _responsibilities(x: jax.Array, y: jax.Array, arrays: tuple, tau: jax.Array, options: PromptOptions) -> jax.Array:
+    usage, made, centre, potential, prior = arrays
+    data = PromptData(x, y, jnp.ones(y.shape, bool), centre, centre, usage, potential, prior)
+    return e_step(made[y], data, options, tau).responsibilities
 
 
 def similarity_of(features: Features, made: np.ndarray) -> np.ndarray:
     """<x, prompts_yk> [N,K]."""
-    step = jax.jit(lambda x, y, p: jnp.einsum("nd,nkd->nk", x, p[y]))
-    return _rows(lambda x, y: step(x, y, jnp.asarray(made)), features)
+    prompts = jnp.asarray(made)
+    return _rows(lambda x, y: _similarity(x, y, prompts), features)
+
+
+@jax.jit
+def _similarity(x: jax.Array, y: jax.Array, made: jax.Array) -> jax.Array:
+    return jnp.einsum("nd,nkd->nk", x, made[y])
 
 
 def _cosines(base: np.ndarray, offsets: np.ndarray | None = None) -> Callable[[np.ndarray], np.ndarray]:

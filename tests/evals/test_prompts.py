@@ -63,8 +63,9 @@ def test_geometry_of_identical_and_orthogonal_prompts():
 
 def test_accuracy_counts_ties_by_their_share_and_levels_by_name():
     cosine = np.asarray([[0.9, 0.9, 0.1], [0.1, 0.8, 0.7], [0.2, 0.6, 0.3]])
-    found = scores.accuracy_report(
-        cosine, np.asarray([0, 1, 2]), ("a", "b", "c"), np.asarray([200, 50, 5]), {"family": ("x", "y", "y")}
+    labels = np.asarray([0, 1, 2])
+    found = scores.accuracy_numbers(
+        scores.score_rows(cosine, labels), labels, np.asarray([200, 50, 5]), {"family": ("x", "y", "y")}
     )
     assert found["top1"] == pytest.approx((0.5 + 1 + 0) / 3)
     assert (found["many"], found["medium"], found["few"]) == (0.5, 1.0, 0.0)
@@ -79,7 +80,7 @@ def test_probes_have_no_margin_and_calibration_mends_scores_of_any_scale():
     cosine = 0.3 * np.eye(3)[labels] + 0.2 * rng.normal(size=(400, 3))
     counts = np.asarray([200, 50, 5])
     probe = scores.accuracy_numbers(scores.score_rows(cosine, labels, cosines=False), labels, counts)
-    known = scores.accuracy_report(cosine, labels, ("a", "b", "c"), counts)
+    known = scores.accuracy_numbers(scores.score_rows(cosine, labels), labels, counts)
     assert probe["margin"] is None
     assert 0 < known["margin"] < 1
     assert {k: v for k, v in probe.items() if k != "margin"} == {k: v for k, v in known.items() if k != "margin"}
