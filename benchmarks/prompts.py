@@ -43,7 +43,10 @@ MAIN = ["memory", "small:default", "small:original_k8", *(f"small:{a}" for a in 
         "small:initialised_control", "standard:random_control", "standard:initialised_control", "wide:default",
         "wide:original_k32"]  # fmt: skip
 REST = [f"small:{arm}" for arm in ARMS if arm not in ("original", "original_k32") and f"small:{arm}" not in MAIN]
-HARD = [f"hard:{arm}" for arm in ("lse", "hard_assignment", "centre_price", "uniform_plan", "online_em", "sinkhorn")]
+VARIANTS = ("published_temperatures", "cls_temperature_0.07", "soft_assignment", "hard_from_start", "tau_end_0.05",
+            "lse", "centre_price", "uniform_plan", "online_em", "sinkhorn")  # fmt: skip
+HARD = [f"hard:{arm}" for arm in VARIANTS]
+HARD += [f"wide:{arm}" for arm in ("soft_assignment", "online_em")]
 HARD += [f"fashion:{arm}" for arm in ("class_mean_default", "class_mean")]
 
 

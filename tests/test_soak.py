@@ -55,9 +55,10 @@ def test_thousands_of_steps_change_nothing_but_the_state(tmp_path, monkeypatch):
     records = [r for r in train.metrics_lib.read_records(tmp_path / "metrics.jsonl") if r["kind"] == "train"]
     settled = len(memory) // 4  # after two evaluations and two checkpoints
     assert counts[-1] == counts[settled], "something was compiled again"
-    # The state of a step that is being saved may be alive beside the next one: the most counts, not each number.
+    # A state that is being saved may be alive beside the next one, at any log step: the median counts. What stays
+    # behind at every log, evaluation or save would raise it.
     half = len(arrays) // 2
-    assert max(arrays[half:]) <= max(arrays[settled:half]), f"arrays stay behind: {arrays}"
+    assert np.median(arrays[half:]) <= np.median(arrays[settled:half]), f"arrays stay behind: {arrays}"
     assert memory[-1] - memory[settled] < 30, f"memory grew: {memory}"
     rates = np.array([r["images_per_second"] for r in records[2:]])
     first, last = (float(np.median(part)) for part in np.array_split(rates, 2))

@@ -1,7 +1,8 @@
 """The arms of the prompt experiments: what each changes in the default, in one place.
 
-The default has the class-mean-centred E-step, the usage price and the plus-plus start. `original` is the published
-recipe, which has none of them; the six published remedies are added to it one at a time.
+The default has the class-mean-centred E-step, the usage price and the plus-plus start, assigns each image to one
+sub-prompt, and has temperatures at which nothing saturates. `original` is the published recipe, which has none of this;
+the six published remedies are added to it one at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ def _untrained(c: ml_collections.ConfigDict) -> None:
     c.method.epochs, c.method.steps = 0.0, 2
 
 
-ORIGINAL = _set(offset_init="normal", offset_std=0.01, e_step_centre="none", balance="none")
+PUBLISHED_TEMPERATURES = _set(cls_temperature=0.07, tau_end=0.05, hard_assignment=False, usage_half_life=1.0)
+ORIGINAL = together(
+    PUBLISHED_TEMPERATURES, _set(offset_init="normal", offset_std=0.01, e_step_centre="none", balance="none")
+)
 
 ARMS: dict[str, Change] = {
     "default": together(),
@@ -63,12 +67,17 @@ ARMS: dict[str, Change] = {
     "text_shifted": together(ORIGINAL, options("data.source", base="text_shifted")),
     "class_mean": together(ORIGINAL, options("data.source", base="class_mean")),
     # variants of the default
-    "hard_assignment": _set(hard_assignment=True),
+    "published_temperatures": PUBLISHED_TEMPERATURES,
+    "cls_temperature_0.07": _set(cls_temperature=0.07),
+    "soft_assignment": _set(hard_assignment=False),
+    "hard_from_start": _set(hard_from=0.0),
+    "tau_end_0.05": _set(tau_end=0.05),
+    "half_life_1": _set(usage_half_life=1.0),
     "lse": _set(cls_pool="lse"),
     "tau_geometric": _set(tau_schedule="geometric"),
-    "online_em": _set(offsets="online_em"),
+    "online_em": together(PUBLISHED_TEMPERATURES, _set(offsets="online_em")),
     # controls
-    "uniform_plan": _set(uniform_plan=True),
+    "uniform_plan": _set(uniform_plan=True, hard_assignment=False),
     "single_prompt": _set(num_prompts=1),
     "random_control": together(ORIGINAL, _untrained),
     "initialised_control": _untrained,

@@ -27,7 +27,8 @@ from protojax.ops.unit import unit
 
 B, C, K, D = 12, 4, 3, 16
 CURED = PromptOptions()
-ORIGINAL = PromptOptions(e_step_centre="none", balance="none")
+SOFT = PromptOptions(hard_assignment=False)
+ORIGINAL = dataclasses.replace(SOFT, e_step_centre="none", balance="none", cls_temperature=0.07)
 TAU = 0.5
 
 
@@ -209,8 +210,8 @@ def test_a_cross_entropy_that_is_met_to_rounding_is_not_taken_for_a_dead_term():
     offsets, data = example()
     apart = data._replace(images=jnp.eye(C, D)[data.labels], base=jnp.eye(C, D))
     zero = jnp.zeros_like(offsets)
-    assert seen(zero, apart, CURED) == (0.0, 0.0)
-    weight, norm = seen(zero, apart._replace(labels=(apart.labels + 1) % C), CURED)
+    assert seen(zero, apart, ORIGINAL) == (0.0, 0.0)
+    weight, norm = seen(zero, apart._replace(labels=(apart.labels + 1) % C), ORIGINAL)
     assert weight == 0.5
     assert norm > 1.0
 
@@ -233,11 +234,11 @@ def test_the_assignment_of_the_mixture_term_carries_no_gradient():
 def test_hard_and_uniform_assignments():
     offsets, data = example()
     own = ops.prompts_of(data.base, offsets)[data.labels]
-    soft = e_step(own, data, CURED, TAU)
-    hard = e_step(own, data, dataclasses.replace(CURED, hard_assignment=True), TAU).assignment
+    soft = e_step(own, data, SOFT, TAU)
+    hard = e_step(own, data, CURED, TAU).assignment
     np.testing.assert_array_equal(hard.argmax(1), soft.responsibilities.argmax(1))
     np.testing.assert_array_equal(hard.sum(1), 1.0)
-    uniform = e_step(own, data, dataclasses.replace(CURED, uniform_plan=True), TAU)
+    uniform = e_step(own, data, dataclasses.replace(SOFT, uniform_plan=True), TAU)
     np.testing.assert_allclose(uniform.assignment, 1.0 / K)
     np.testing.assert_array_equal(uniform.responsibilities, soft.responsibilities)
 
