@@ -3,7 +3,9 @@
     python -m benchmarks.alignment                          # every row, every seed; begins again where it stopped
     python -m benchmarks.alignment --rows P1 P4 P5 --seeds 0
     python -m benchmarks.alignment --smoke                  # tiny sizes: shows that the script runs
-    python -m benchmarks.alignment --emoji FOLDER           # P10 and P11 need the four emoji_*_64.npz
+    python -m benchmarks.alignment --data FOLDER            # the rows that read files of yours
+
+P10, P11 and D1 read emoji_{noto,twemoji,openmoji,emojitwo}_64.npz of FOLDER, D3 dcss_tiles_32.npz, D5 nlvr_50x200.npz.
 
 A run is kept below --runs; one that is finished is not made again, one that was stopped is resumed. Records go to
 --out/alignment.jsonl, the table to --out/alignment.md. Each run's command stands in its record.
@@ -19,32 +21,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
-Summary = Mapping[str, Any]
-
-
-class Job(NamedTuple):
-    """One training run: config file, arm, and overrides."""
-
-    config: str
-    arm: str
-    more: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def name(self) -> str:
-        extra = "".join(f"-{k.rsplit('.', 1)[-1]}_{v}" for k, v in self.more)
-        return f"{self.config.replace('/', '_')}-{self.arm.replace(',', '-')}{extra}"
-
-    def command(self, seed: int, workdir: Path, root: str | None) -> list[str]:
-        out = [sys.executable, "-m", "protojax", "train", f"--config={self.config}:{self.arm}", f"--workdir={workdir}",
-               f"--config.seed={seed}"]  # fmt: skip
-        out += [f"--config.{k}={v}" for k, v in self.more]
-        return [*out, f"--config.data.root={root}"] if root and "cross_style" in self.arm else out
-
+from benchmarks.alignment_runs import ROOT, Bench, Job, at_full, final, fired, last_epoch, r1, retention, write
 
 QUICK = "alignment_quickstart"
 MAIN, DIRECT = Job(QUICK, "perceiver"), Job(QUICK, "direct")
@@ -54,76 +35,20 @@ SUSPECTS = tuple(
     Job(QUICK, a) for a in ("perceiver", "latent_std_one", "latent_std_width", "attention_pool", "batch64")
 )
 RATES = tuple(Job(QUICK, arm) for arm in ("lr_low", "lr_middle"))
-EMOJI = {arm: Job("alignment_emoji", f"{arm},cross_style,patches") for arm in ("perceiver", "direct", "bos_perceiver")}
-TOWER = Job("alignment_emoji", "perceiver,cross_style")
+EMOJI = {
+    arm: Job("alignment_emoji", f"{arm},cross_style,patches", data="")
+    for arm in ("perceiver", "direct", "bos_perceiver")
+}
+TOWER = Job("alignment_emoji", "perceiver,cross_style", data="")
+UNSEEN = {what: Job("alignment_emoji", f"perceiver{flag}") for what, flag in (("with", ""), ("without", ",no_flags"))}
+TILES = Job("alignment_pictures", "perceiver,tiles", data="dcss_tiles_32.npz")
+GROCERY = Job("alignment_pictures", "perceiver,grocery")
+NLVR = Job("alignment_pictures", "perceiver,nlvr", data="nlvr_50x200.npz")
+SHARED = Job(QUICK, "shared_resampler")
 MODES = tuple(
     Job(QUICK, arm, (("method.epochs", 0.0), ("method.steps", 1)))
     for arm in ("prefix_single", "perceiver", "prefix_sum")
 )
-
-
-# ---------------------------------------------------------------------------------------------------- the runs
-class Bench:
-    """Runs jobs, keeps their results, and remembers what was asked."""
-
-    def __init__(self, options: argparse.Namespace):
-        self.options, self.out, self.runs = options, Path(options.out), Path(options.runs)
-        self.records: list[dict[str, Any]] = []
-
-    def run(self, job: Job, seed: int) -> dict[str, Any] | None:
-        """Summary and metrics of a finished run, trained now where it was not; None past the time allowed."""
-        if self.options.smoke:
-            job = job._replace(arm=f"{job.arm},smoke", more=tuple(m for m in job.more if not m[0].startswith("method")))
-        workdir = self.runs / f"{job.name}-{seed}"
-        command = job.command(seed, workdir, self.options.emoji)
-        if not (workdir / "summary.json").exists():
-            if self.options.only_report or time.time() > self.options.until:
-                return None
-            began = time.time()
-            found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            if found.returncode:
-                print(found.stdout[-2000:], found.stderr[-2000:], file=sys.stderr)
-                raise SystemExit(f"{' '.join(command)} failed")
-            print(f"{workdir.name}: {time.time() - began:.0f} s", flush=True)
-        summary = json.loads((workdir / "summary.json").read_text())
-        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        shown = " ".join(["protojax", *command[3:]]).replace(str(workdir), f"runs/{workdir.name}")
-        return {"summary": summary, "records": lines, "command": shown, "workdir": workdir}
-
-    def add(self, row: str, seed: int, check: str, target: str, seen: Any, ok: bool | None, command: str) -> None:
-        record = {"row": row, "seed": seed, "check": check, "target": target, "seen": seen, "ok": ok,
-                  "command": command,                  "smoke": self.options.smoke}  # fmt: skip
-        self.records.append(record)
-        print(json.dumps(record), flush=True)
-
-    def missing(self, row: str, seed: int, check: str, target: str, job: Job) -> None:
-        shown = " ".join(["protojax", *job.command(seed, Path("runs") / f"{job.name}-{seed}", None)[3:]])
-        self.add(row, seed, check, target, "not run", None, shown)
-
-
-def final(found: Mapping[str, Any]) -> dict[str, Any]:
-    return found["summary"]["alignment"]
-
-
-def r1(found: Mapping[str, Any]) -> float:
-    scores = final(found)["r1"]
-    return float(scores[max(scores, key=int)])
-
-
-def retention(found: Mapping[str, Any], share: int) -> float:
-    kept = final(found)["retention"]
-    return float(kept.get(str(int(max(kept, key=int)) // share)) or 0.0)
-
-
-def fired(found: Mapping[str, Any]) -> set[str]:
-    return {f["detector"] for f in found["summary"]["findings"] if f["severity"] != "notice"}
-
-
-def last_epoch(found: Mapping[str, Any]) -> list[dict[str, float]]:
-    train = [r for r in found["records"] if r["kind"] == "train"]
-    epochs = float(final(found)["epoch"])
-    first = train[-1]["step"] * (1 - 1 / max(1.0, epochs))
-    return [r["metrics"] for r in train if r["step"] > first] or [train[-1]["metrics"]]
 
 
 # ---------------------------------------------------------------------------------------------------- the rows
@@ -223,8 +148,6 @@ def modes_row(bench: Bench, seed: int) -> None:
 
 def emoji_rows(bench: Bench, seed: int) -> None:
     """P10 on raw patches, P11 with a tower of ours; cross-style."""
-    if not bench.options.emoji:
-        return bench.missing("P10", seed, "needs --emoji FOLDER", ">= direct, 30x and 10x chance", EMOJI["perceiver"])
     found = {arm: bench.run(job, seed) for arm, job in EMOJI.items()}
     if any(f is None for f in found.values()):
         bench.missing("P10", seed, "cross-style", ">= direct, 30x and 10x chance", EMOJI["perceiver"])
@@ -253,9 +176,8 @@ def resume_row(bench: Bench, seed: int) -> None:
     if whole is None:
         return bench.missing("P12", seed, "killed and resumed", "exact", job)
     workdir = bench.runs / f"{whole['workdir'].name}-killed"
-    command = ["" if c is None else c.replace(str(whole["workdir"]), str(workdir)) for c in
-               (job if not bench.options.smoke else job._replace(arm="perceiver,smoke", more=more[2:])).command(
-                   seed, whole["workdir"], None)]  # fmt: skip
+    own = job._replace(arm="perceiver,smoke", more=more[2:]) if bench.options.smoke else job
+    command = own.command(seed, workdir, None)
     if not (workdir / "summary.json").exists():
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not any((workdir / "checkpoints").glob("[1-9]*")):
@@ -294,13 +216,13 @@ def speed_row(bench: Bench, seed: int) -> None:
         session = train.make_session(recipe, train.Options(Path("."), config.run, config.system, 1.0, {}))
         batch = parallel.to_device(session.mesh, recipe.sources["train"].batch(0))
         state = train.initial_state(session)
-        zeros = jax.jit(lambda r=recipe, s=session, b=batch: empty_accumulator(r, s.shapes, b))()
-        calls.append([session.one, state, zeros])
+        zeros = jax.jit(lambda s=session: empty_accumulator(s.numbers))()
+        calls.append([session.one, state, zeros, session.constants])
     times: list[list[float]] = [[], []]
     for _ in range(4 if bench.options.smoke else 40):
         for i, call in enumerate(calls):
             began = time.perf_counter()
-            call[1], call[2] = call[0](call[1], call[2], batch)
+            call[1], call[2] = call[0](call[1], call[2], batch, call[3])
             jax.block_until_ready(call[1])
             times[i].append(time.perf_counter() - began)
     medians = [float(np.median(t[2:])) for t in times]
@@ -312,40 +234,74 @@ def speed_row(bench: Bench, seed: int) -> None:
                      "benchmarks.alignment --rows S1")  # fmt: skip
 
 
+# ------------------------------------------------------------------------------- data sets, an encoder of ours
+def retrieval(found: Mapping[str, Any], ks: Sequence[int] = (1, 10)) -> list[tuple[str, float, float]]:
+    """(name, seen, chance) of R@k, mean of both directions, at full width."""
+    report = final(found)
+    return [(f"R@{k}, both directions", at_full(report[f"r{k}"]), report["chance"][str(k)]) for k in ks]
+
+
+def figures(bench: Bench, seed: int, row: str, what: str, job: Job, of: Callable[..., list]) -> None:
+    """A row without a target: each figure of `of(run)` with its chance."""
+    found = bench.run(job, seed)
+    if found is None:
+        return bench.missing(row, seed, what, "reported", job)
+    for name, seen, chance in of(found):
+        bench.add(row, seed, f"{what}, {name}", "reported", seen, None, found["command"], chance)
+    return None
+
+
+def cross_style_row(bench: Bench, seed: int) -> None:
+    figures(bench, seed, "D1", "emoji, known concepts in an unseen style", TOWER, retrieval)
+
+
+def unseen_row(bench: Bench, seed: int) -> None:
+    for what, job in UNSEEN.items():
+        figures(bench, seed, "D2", f"emoji, unseen captions, {what} flags", job, retrieval)
+
+
+def tiles_row(bench: Bench, seed: int) -> None:
+    figures(bench, seed, "D3", "game tiles, unseen names", TILES, retrieval)
+
+
+def grocery_row(bench: Bench, seed: int) -> None:
+    def of(found: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+        report = final(found)
+        kinds = (("zero_shot", "description"), ("zero_shot_names", "name"))
+        return [
+            (f"class by its {kind}", at_full(report[key]["accuracy"]), report[key]["chance"]) for key, kind in kinds
+        ]
+
+    figures(bench, seed, "D4", "grocery photographs", GROCERY, of)
+
+
+def nlvr_row(bench: Bench, seed: int) -> None:
+    def of(found: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+        own = final(found)["matching"]
+        error = f"AUC (standard error of chance {own['auc_error']:.3f})"
+        rows = [("accuracy against the majority", own["accuracy"], own["majority"]), (error, own["auc"], 0.5)]
+        return [(name, at_full(scores), chance) for name, scores, chance in rows] + retrieval(found, (10,))
+
+    figures(bench, seed, "D5", "NLVR, sentence true or false of an image", NLVR, of)
+
+
+def factors_row(bench: Bench, seed: int) -> None:
+    figures(
+        bench, seed, "A1", "known factors, linear regression from image embeddings", MAIN,
+        lambda found: [("R^2", final(found)["factors"]["r2"], 0.0)],
+    )  # fmt: skip
+
+
+def shared_row(bench: Bench, seed: int) -> None:
+    figures(bench, seed, "A2", "one resampler for image and text", SHARED, lambda found: retrieval(found, (1,)))
+
+
 ROWS: dict[str, Callable[[Bench, int], None]] = {
     "P1": bos_rows, "P2": bos_rows, "P3": bos_rows, "P4": main_rows, "P5": main_rows, "P6": prefix_none_row,
     "P7": suspects_row, "P8": main_rows, "P9": modes_row, "P10": emoji_rows, "P11": emoji_rows, "P12": resume_row,
-    "S1": speed_row,
+    "D1": cross_style_row, "D2": unseen_row, "D3": tiles_row, "D4": grocery_row, "D5": nlvr_row,
+    "A1": factors_row, "A2": shared_row, "S1": speed_row,
 }  # fmt: skip
-
-
-def write(bench: Bench) -> None:
-    """The records, merged with those of earlier calls (the newest of a check counts), and the table."""
-    path = bench.out / ("alignment_smoke.jsonl" if bench.options.smoke else "alignment.jsonl")
-    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    key = lambda r: (r["row"], r["seed"], r["check"].split(":")[0].split("{")[0])  # noqa: E731
-    merged = {key(r): r for r in old} | {
-        key(r): r for r in bench.records if r["ok"] is not None or key(r) not in map(key, old)
-    }
-    records = sorted(merged.values(), key=lambda r: (int(r["row"][1:]), r["seed"], r["check"]))
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    lines = ["# Image-text alignment: acceptance table", "",
-             "Made by `python -m benchmarks.alignment`; every line names its command.",
-             "`ok` is blank where a run was not made.", "",
-             "| row | seed | check | target | seen | ok | command |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
-    for r in records:
-        ok = "" if r["ok"] is None else "yes" if r["ok"] else "**no**"
-        cells = (r["row"], r["seed"], r["check"], r["target"], _cell(r["seen"]), ok, f"`{r['command']}`")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
-def _cell(seen: Any) -> str:
-    if isinstance(seen, float):
-        return f"{seen:.4g}"
-    return ", ".join(_cell(s) for s in seen) if isinstance(seen, list) else str(seen)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -354,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--out", default=str(ROOT / "docs" / "results"), help="table and records")
     parser.add_argument("--runs", default=str(ROOT / "runs" / "alignment"), help="the runs themselves")
-    parser.add_argument("--emoji", default=None, help="folder with emoji_{noto,twemoji,openmoji,emojitwo}_64.npz")
+    parser.add_argument("--data", default=None, help="folder with emoji_*_64.npz, dcss_tiles_32.npz, nlvr_50x200.npz")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so many minutes")
     parser.add_argument("--only-report", action="store_true", help="table of the runs that there are")
     parser.add_argument("--smoke", action="store_true", help="two steps a run, to see that the script runs")

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from protojax import loading
+from protojax.evals.attainable import attainable
 from protojax.evals.audit import unique_counts, usage
-from protojax.evals.kmeans import kmeans
 from protojax.evals.neighbours import unit_rows
 from protojax.workloads import images
 
@@ -32,15 +32,15 @@ def measure(workdir: Path, step: int | None = None, seed: int = 0) -> dict[str, 
     features = encoder.encode(found.take(np.arange(size))["image"], output="image")
     rows = unit_rows(features - features.mean(0, keepdims=True))
     prototypes = np.asarray(encoder.prototypes)
-    centres = unit_rows(kmeans(rows, min(len(prototypes), size), seed=seed, restarts=1, iterations=50).centres)
+    control = attainable(rows, len(prototypes), seed=seed)
     return {
         "run": Path(workdir).name,
         "step": encoder.step,
         "images": size,
-        "features": unique_counts(rows),
-        "kmeans": unique_counts(centres),
+        "features": control["features"],
+        "kmeans": control["kmeans"]["unique"],
         "prototypes": unique_counts(prototypes),
-        "coverage": {"kmeans": usage(centres, rows).coverage, "prototypes": usage(prototypes, rows).coverage},
+        "coverage": {"kmeans": control["kmeans"]["coverage"], "prototypes": usage(prototypes, rows).coverage},
     }
 
 

@@ -137,7 +137,6 @@ SIGNATURES = {
     "dead_term": "entropy_stopped", "inert_term": "original_k8", "diverse_unused": "diversity_20",
     "train_infer_gap": "sinkhorn_only", "near_empty_class": "many_prompts",
 }  # fmt: skip
-EXPECTED_ON_DEFAULT = ("inert_term",)  # a notice: the offset penalty is inert
 
 
 def signatures(rows: Rows) -> list[str]:
@@ -155,7 +154,7 @@ def signatures(rows: Rows) -> list[str]:
         spoke = [r["findings"][name] for r in found if name in r["findings"]]
         last, steps = sum(f["at_end"] for f in spoke), sorted({f["first"] for f in spoke})
         false = sum(name in r["findings"] for r in defaults)
-        note = " (a notice, as it should be)" if name in EXPECTED_ON_DEFAULT else ""
+        note = " **no**" if false else ""
         held = "" if last == len(found) else " **no**"
         when = f"{', '.join(map(str, steps))} of {found[0]['steps']}"
         out.append(f"| `{name}` | {arm} | {last} of {len(found)}{held} | {when} | {false} of {len(defaults)}{note} |")

@@ -2,6 +2,7 @@
 
     protojax train --config=inat --config.data.root=$TFDS_DATA_DIR         # 2018, ResNet-50
     protojax train --config=inat:joint,vit_s16                             # the joint twin on ViT-S/16
+    protojax train --config=inat:vit_s16,ibot                              # masked patches beside it
     protojax train --config=inat:2021                                      # iNaturalist 2021
     protojax train --config=inat:folder --config.data.root=/data/inat2018  # root/train/<class>/*.jpg, root/val/...
     protojax train --config=inat:smoke                                     # two steps on synthetic images
@@ -19,7 +20,7 @@ BACKBONES = {"vit_ti16": "vit_ti", "vit_s16": "vit_s", "vit_b16": "vit_b"}
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    arm, flags = parse_argument(argument, arms.ARMS, ("smoke", "2021", "folder", *BACKBONES))
+    arm, flags = parse_argument(argument, arms.ARMS, ("smoke", "ibot", "2021", "folder", *BACKBONES))
     c = defaults()
     c.name = "inat2021" if "2021" in flags else "inat2018"
     c.data.batch_size = BATCH
@@ -37,6 +38,8 @@ def get_config(argument: str = "") -> ConfigDict:
             c.method.optim = component("adamw", peak_lr=5e-4 * BATCH / 256, weight_decay=0.05, clip_norm=3.0)
             c.method.teacher.start = 0.996
     arms.apply(c, arm)
+    if "ibot" in flags:
+        arms.masked_patches(c)
     if "smoke" in flags:
         arms.smoke(c)
     return experiment.fill(c)

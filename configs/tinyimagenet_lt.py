@@ -3,6 +3,7 @@
     protojax train --config=tinyimagenet_lt --config.data.root=tinyimagenet200_32_jpeg.npz     # 100 classes, factor 100
     protojax train --config=tinyimagenet_lt:joint
     protojax train --config=tinyimagenet_lt --config.data.source.subset=lt200_if10
+    protojax train --config=tinyimagenet_lt:micro                        # the small network and 1,500 steps, for CPUs
     protojax train --config=tinyimagenet_lt:smoke                                              # synthetic images
 
 Groups by training counts: head > 100, medium 20-100, tail < 20 images a class.
@@ -15,19 +16,15 @@ from protojax.config import component, defaults, parse_argument
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    arm, flags = parse_argument(argument, arms.ARMS)
+    arm, flags = parse_argument(argument, arms.ARMS, ("smoke", "micro"))
     c = defaults()
     c.name = "tinyimagenet_lt"
     c.data.source = component("npz", subset="lt100_if100")
     c.data.batch_size = 256
     c.method.epochs = 200.0
-    c.method.backbone = component("resnet18", stem="cifar")
-    c.method.head = component("carp", hidden=1024, dim=128, normalise=True)
-    c.method.views = component("multicrop", global_size=32, local_count=0, blur_sigma=(0.1, 0.5))
-    c.method.estimator = component("mixture", components=2048, features="unit")
-    c.method.objective = ConfigDict({"carp": {"block": 512, "temperature": 0.1}})
-    c.method.optim = component("adamw", peak_lr=2e-3, weight_decay=0.05)
-    c.method.teacher.start = 0.99
+    if "micro" in flags:
+        c.data.batch_size, c.method.epochs, c.method.steps = 128, None, 1500
+    arms.small_images(c, prototypes=2048, network="micro" if "micro" in flags else "resnet18")
     arms.apply(c, arm)
     if "smoke" in flags:
         arms.smoke(c)

@@ -1,8 +1,9 @@
 """The arms of the alignment experiments: what differs between them is a line each.
 
-perceiver: a resampler over the image tokens (default). direct: project and attention-pool. The suspects of the
-published failure, which are none: latent_std_one, latent_std_width, attention_pool, batch64, shared_norm. The cause:
-bos_*. Further failing arms are honest controls.
+perceiver: a resampler over the image tokens (default). direct: project and attention-pool. shared_resampler: the same
+resampler reads the text too. The suspects of the published failure, which are none: latent_std_one, latent_std_width,
+attention_pool, batch64, the learning rates, shared_norm. The cause: bos_*. original: all its settings together.
+Further failing arms are honest controls.
 """
 
 from __future__ import annotations
@@ -40,16 +41,23 @@ ARMS: dict[str, Change] = {
     "multihead_pool": _aligner(latent_pool="multihead"),
     "self_attention": _aligner(latent_self_attention=True),
     "shared_norm": _aligner(shared_norm=True),
+    "shared_resampler": _aligner(shared_resampler=True),
     "batch64": options("data", batch_size=64),
     "batch256": options("data", batch_size=256),
     "lr_low": _optim(peak_lr=2e-4),
     "lr_middle": _optim(peak_lr=5e-4),
+    "lr_half": _optim(peak_lr=1e-3),
     "prefix_single": _aligner(prefix_mode="single"),
     "prefix_sum": _aligner(prefix_mode="sum"),
     "learned_temperature": _aligner(temperature_mode="learned"),
     "sigmoid": _aligner(loss="sigmoid", temperature_mode="learned", temperature=0.1),
     "bos_perceiver": _BOS,
     "bos_direct": together(_BOS, _DIRECT),
+    # Ten epochs were planned and thirteen run; the rate, the batch and the shared norm are its own too.
+    "original": together(
+        _BOS, _aligner(shared_norm=True, prefix_mode="single", text_dropout=0.1, latent_init_std=0.02),
+        _optim(peak_lr=2e-4, planned_fraction=10 / 13, clamped=False), options("data", batch_size=128),
+    ),
     "bos_batch64": together(_BOS, options("data", batch_size=64)),
     "bos_direct_batch64": together(_BOS, _DIRECT, options("data", batch_size=64)),
     "constant_image": _aligner(constant_image=True),
@@ -59,7 +67,7 @@ ARMS: dict[str, Change] = {
     "lr_zero": _optim(peak_lr=0.0),
     "shuffled_pairs": _aligner(shuffled_pairs=True),
     "unclamped_cosine": _optim(planned_fraction=0.5, clamped=False),
-}
+}  # fmt: skip
 
 
 def apply(c: ml_collections.ConfigDict, arm: str) -> None:

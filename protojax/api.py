@@ -73,11 +73,17 @@ class Codebook(NamedTuple):
     """Prototypes as the losses see them: logit of row h for prototype k is (h . prototypes_k + bias_k) / temperature.
 
     prototypes [K,D] (unit rows unless the estimator says otherwise); bias [K], in units of h . prototypes: DINO's
-    negative centre, or minus mean-feature . prototype when the estimator centres features.
+    negative centre, or minus mean-feature . prototype when the estimator centres features. A bias of OFF or less: the
+    prototype is switched off (an estimator whose number of prototypes the data decide); no row may be assigned to it.
     """
 
     prototypes: Array
     bias: Array
+
+
+# Bias of a prototype that is switched off: exp(OFF / temperature) is zero at every temperature in use, and float32
+# still tells logits of this size apart by a hundredth.
+OFF = -1e4
 
 
 class EstimatorSpec(NamedTuple):
@@ -189,7 +195,8 @@ class Recipe(NamedTuple):
     teacher: the student's network as the teacher runs it (no drop path); same parameters. None: there is no EMA copy
     and no second forward pass, and evaluations look at the student.
     estimator: None where nothing is learned without gradients; then `rows` is not called and there is no codebook.
-    rows(embeddings, batch, head) -> rows for the estimator, from the teacher's embeddings ({} without a teacher).
+    rows(embeddings, batch, head) -> rows for the estimator, from the teacher's embeddings; without a teacher, from the
+    student's inputs in their place.
     schedules: scalars that are pure functions of the step, logged beside the metrics; 'momentum' (EMA coefficient of
     the teacher) must be there when there is a teacher. describe(S) -> what evaluations may know about the estimator
     ('usage' [K], 'center'). diagnose(records, options) -> findings in the history of a run.
@@ -199,7 +206,8 @@ class Recipe(NamedTuple):
     keep: entries of a batch that feature banks hold beside embeddings. spec: D and N where they cannot be read off the
     rows that a teacher gives. clip_norm: the optimiser's, for the rate of clipped steps. stopping: None: to the end.
     subtrees(params) -> named parts whose gradient norm is logged (None: two levels of the tree). micro_batches: parts
-    that a batch is encoded in (`accumulation`).
+    that a batch is encoded in (`accumulation`). best: the metric (its path in an evaluation, higher is better) whose
+    best state is kept beside the newest ones; '': none.
     """
 
     sources: Mapping[str, Source]
@@ -225,6 +233,7 @@ class Recipe(NamedTuple):
     stopping: Stopping | None = None
     subtrees: Callable[[PyTree], dict[str, PyTree]] | None = None
     micro_batches: int = 1
+    best: str = ""
 
 
 class TrainState(NamedTuple):

@@ -7,6 +7,7 @@ joint: the optimiser moves the prototypes with the encoder. partial: a teacher-s
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import ml_collections
 
@@ -78,6 +79,10 @@ ARMS: dict[str, Change] = {
     "partial": _estimator("capi"),
     "frozen": _estimator("frozen"),
     "joint_koleo": _joint_koleo,
+    # The paper's recipe where it says what it is; initialisation and schedule are ours (it does not give them).
+    "paper": _estimator(
+        "mixture", covariance="diag", start="random", center=False, beta=("linear", 0.5, 1.0, 0.0, 0.3)
+    ),
     "mixture": _estimator("mixture", covariance="spherical"),
     "balanced": _estimator("balanced"),
     "uniform_forgetting": _mixture_option(forgetting="uniform"),
@@ -109,6 +114,76 @@ def published_carp(c: ml_collections.ConfigDict, prototypes: int) -> None:
     c.run.checkpoint_every = 0.01
 
 
+# What a network of images of about 32 px comes with: its options, the head's widths, its learning rate and dtype.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "micro": {"backbone": component("resnet_micro"), "widths": (256, 64), "peak_lr": 4e-3, "dtype": "float32"},
+    "resnet18": {
+        "backbone": component("resnet18", stem="cifar"), "widths": (1024, 128), "peak_lr": 2e-3, "dtype": "bfloat16",
+    },
+    "vit_micro": {"backbone": component("vit_micro"), "widths": (256, 64), "peak_lr": 1e-3, "dtype": "float32"},
+    "vit_ti": {
+        "backbone": component("vit_ti", patch_size=4, image_size=32), "widths": (1024, 128), "peak_lr": 1e-3,
+        "dtype": "bfloat16",
+    },
+}  # fmt: skip
+
+
+def small_images(c: ml_collections.ConfigDict, prototypes: int, network: str = "micro") -> None:
+    """The one default for images of about 32 px, whatever they show: head, views, balanced estimator, CARP's loss.
+
+    Only what the data set is made of differs between data sets (where it is, K, how long), and only what a network
+    needs differs between networks (`NETWORKS`)."""
+    found = NETWORKS[network]
+    hidden, dim = found["widths"]
+    c.method.dtype = found["dtype"]
+    c.method.backbone = found["backbone"].copy_and_resolve_references()
+    # Whitened: in so short a run features else contract to 15 of 64 directions, and any codebook that follows them.
+    c.method.head = component("carp", hidden=hidden, dim=dim, normalise=True, whiten=5)
+    # Colour tells groceries apart: the published hue, grey and solarise would train it away.
+    c.method.views = component(
+        "multicrop",
+        global_size=32,
+        local_count=0,
+        jitter=(0.4, 0.4, 0.2, 0.02),
+        grey_probability=0.0,
+        solarise_probability=(0.0, 0.0),
+        blur_sigma=(0.1, 0.5),
+    )
+    # Deterministic annealing: EM starts blunt, with prototypes close together, and is sharp after a tenth of the run.
+    # every=0: as often as the memory turns over, so that the sweep's share of a step does not grow with K squared.
+    c.method.estimator = component(
+        "balanced",
+        components=prototypes,
+        features="unit",
+        start_sweeps=10,
+        every=0,
+        temperature=("exponential", 0.2, 0.01, 0.0, 0.1),
+    )
+    c.method.objective = ml_collections.ConfigDict({"carp": {"block": 128, "temperature": 0.1}})
+    c.method.optim = component("adamw", peak_lr=found["peak_lr"], weight_decay=0.05, warmup_fraction=0.1)
+    c.method.teacher.start = 0.98
+
+
+def at_batch(c: ml_collections.ConfigDict, size: int) -> None:
+    """The same training at another batch size: as many images seen, with the two rules that keep it the same.
+
+    Steps times old / new; the learning rate by the square root of new / old (Adam's step does not grow with the batch,
+    its noise falls with the root: Malladi et al. 2022); the teacher's momentum to the power new / old, so that its
+    memory is as long in images. Everything of the estimator is left as it is: it counts in shares and sweeps."""
+    ratio = size / c.data.batch_size
+    c.data.batch_size = size
+    if c.method.steps:
+        c.method.steps = round(c.method.steps / ratio)
+    c.method.optim.peak_lr = c.method.optim.peak_lr * ratio**0.5
+    c.method.teacher.start = c.method.teacher.start**ratio
+
+
+def masked_patches(c: ml_collections.ConfigDict) -> None:
+    """iBOT's loss on masked patches beside the arm's own, whatever the arm: for backbones with patches (a vit_*)."""
+    c.method.objective.ibot = ml_collections.ConfigDict({"weight": 1.0})
+    c.arm += "_ibot"
+
+
 def apply(c: ml_collections.ConfigDict, arm: str) -> ml_collections.ConfigDict:
     """Turn a decoupled configuration into the arm; sets c.arm."""
     ARMS[arm](c)
@@ -127,7 +202,7 @@ def smoke(c: ml_collections.ConfigDict) -> None:
     c.method.epochs, c.method.steps = None, 2
     # bfloat16 is for accelerators; jaxlib 0.12 on CPUs compiles its residual blocks (YNN fusions) to NaN.
     c.method.dtype = "float32"
-    c.method.backbone = component("resnet_micro")
+    c.method.backbone = component("vit_micro" if "ibot" in c.method.objective else "resnet_micro")
     head = c.method.head
     c.method.head = _changed(head, hidden=32, dim=16)
     views = c.method.views

@@ -3,14 +3,17 @@
 A checkpoint is a plain tree of arrays (sharded, written asynchronously, restored onto any mesh) and a JSON record with
 the configuration that made it and a checksum of every array. A restored array whose checksum differs is refused, and
 the checkpoint before it is tried: the last good one always survives.
+
+The state of the best evaluation lies in a folder of its own, beside the newest ones: nothing resumes from it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,11 @@ from jax.sharding import PartitionSpec as P
 
 from protojax import distributed
 from protojax.api import PyTree
+from protojax.config import suggest
+from protojax.metrics import flat_items, flatten
 from protojax.parallel import path_of
+
+NEWEST, BEST = "checkpoints", "best"  # folders of a run
 
 
 class CheckpointError(RuntimeError):
@@ -68,11 +75,13 @@ def check_writable(directory: Path) -> None:
 
 
 class Checkpoints:
-    """Numbered checkpoints below one directory."""
+    """Numbered checkpoints below one directory.
 
-    def __init__(self, directory: Path, keep: int = 2, read_only: bool = False):
+    best: {'metric', 'step', 'value'} of the state in the folder `best`; None where there is none."""
+
+    def __init__(self, directory: Path, keep: int = 2, read_only: bool = False, best: str = ""):
         """keep: how many stay. read_only: for a reader, which must neither make a folder nor tidy up what a running
-        job is just writing."""
+        job is just writing. best: the metric whose highest evaluation `offer` keeps beside them; '': none."""
         self.directory = Path(os.path.abspath(directory))
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -84,6 +93,11 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._metric, self.best = best, None
+        self._best = Checkpoints(self.directory.parent / BEST, keep=1) if best else None
+        if self._best is not None and (steps := self._best.steps()):
+            known: dict[str, Any] = self._best.record(steps[-1])["best"]
+            self.best = known if known["metric"] == best else None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -96,15 +110,68 @@ class Checkpoints:
         # On the CPU backend the writer may read device memory itself, which the next (donating) step reuses.
         safe = _copy(state) if jax.default_backend() == "cpu" else state
         record = {**record, "step": step, "checksums": checksums(state)}
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(safe), record=ocp.args.JsonSave(record))
-        )
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(safe), record=ocp.args.JsonSave(record))
+        with self._writing():
+            self._manager.save(step, args=arguments)
+
+    def offer(self, step: int, state: PyTree, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+        """Keep this state in `best` when its evaluation is the highest so far (of equal ones the first). Step 0 is a
+        control and never kept. Raises ValueError for an evaluation without that metric."""
+        if self._best is None:
+            return
+        numbers, path = flat_items(metrics), self._metric.replace("/", ".")
+        value = numbers.get(path)
+        if path not in numbers or not isinstance(value, int | float | None):
+            known = flatten(metrics)
+            raise ValueError(
+                f"run.best: an evaluation has no number {self._metric!r}{suggest(self._metric, known)}; it has "
+                f"{', '.join(known)}"
+            )
+        better = step > 0 and value is not None and (self.best is None or value > self.best["value"])
+        if not distributed.all_ok(better):  # writing is a matter of all processes, whose last bits may differ
+            return
+        assert value is not None
+        # Orbax writes no step below its newest. A newer one is of a future that this run resumed from before, and in
+        # which that state was not as good as this one.
+        self.forget_best(step)
+        self.best = {"metric": self._metric, "step": step, "value": float(value)}
+        self._best.save(step, state, {**record, "best": self.best})
+
+    def forget_best(self, since: int = 0) -> None:
+        """Delete what `best` holds of this step or later: all of it, when a new run begins."""
+        if self._best is None:
+            return
+        self._best.wait()
+        for step in self._best.steps():
+            if step >= since:
+                self._best._manager.delete(step)
+                self.best = None
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Until what was begun is written. Raises OSError when it could not be."""
+        with self._writing():
+            self._manager.wait_until_finished()
+        if self._best is not None:
+            self._best.wait()
 
     def close(self) -> None:
         self._manager.close()
+        if self._best is not None:
+            self._best.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What Orbax says of a failed write (in any type), as an OSError that says what is left and what to do."""
+        try:
+            yield
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            free = shutil.disk_usage(self.directory).free / 1e9
+            raise OSError(
+                f"a checkpoint could not be written below {self.directory} ({reason[:300]}); {free:.2f} GB are free. "
+                f"Complete checkpoints are intact: {self.steps() or 'none'}. Make room or make the folder writable, "
+                "then give the same command again: it resumes from the newest."
+            ) from error
 
     def record(self, step: int) -> dict[str, Any]:
         """The JSON record of a checkpoint. Raises CheckpointError when it cannot be read."""

@@ -154,11 +154,16 @@ class System:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """How it runs. Must not change results. checkpoint_every: fraction of the run. on_finding: 'warn' or 'stop'."""
+    """How it runs. Must not change results. checkpoint_every: fraction of the run. on_finding: 'warn' or 'stop'.
+
+    best: the metric whose best state is kept, its path in an evaluation ('knn/fine/20', higher is better); None: what
+    the workload says, '': none. What is reported is the last state in any case.
+    """
 
     log_every: int = 10
     checkpoint_every: float = 0.1
     keep: int = 2
+    best: str | None = None
     steps_per_call: int = 1
     progress: bool = True
     on_finding: str = "warn"

@@ -13,7 +13,7 @@ import numpy as np
 from protojax import experiment, metrics, parallel, probing, train
 from protojax import step as step_lib
 from protojax.api import Recipe, TrainState
-from protojax.checkpoint import Checkpoints
+from protojax.checkpoint import BEST, NEWEST, Checkpoints
 from protojax.config import Config, freeze
 
 
@@ -28,7 +28,10 @@ class Encode:
         self.config, self.step, self.batch_size = config, int(state.step), batch_size
         _, self._variables, head = step_lib.observer(recipe, state)
         target, _ = step_lib.codebooks(recipe, state.estimator, head, head)
-        self.prototypes = np.asarray(target.prototypes)
+        described = {} if recipe.estimator is None else recipe.describe(state.estimator)
+        book, _ = probing.in_use(jax.tree.map(np.asarray, target), {k: np.asarray(v) for k, v in described.items()})
+        assert book is not None
+        self.prototypes = book.prototypes
         self._forward = probing.make_forward(recipe, parallel.make_mesh(1, 1, devices=jax.devices()[:1]))
 
     def encode(self, images: np.ndarray, output: str = "backbone") -> np.ndarray:
@@ -65,31 +68,37 @@ def read_config(workdir: Path | str) -> Config:
     return freeze(plain)
 
 
-def restore(workdir: Path | str, step: int | None = None) -> tuple[Config, train.Session, TrainState]:
-    """Config, session and state of a checkpoint of a run (default: the newest), on this machine's mesh."""
+def restore(workdir: Path | str, step: int | str | None = None) -> tuple[Config, train.Session, TrainState]:
+    """Config, session and state of a checkpoint of a run (default: the newest; 'best'), on this machine's mesh."""
     config = read_config(workdir)
     options = train.Options(Path(workdir), config.run, config.system, config.evals.every, {})
     session = train.make_session(experiment.build(config), options)
     return config, session, _read(workdir, config, step, session.shapes, session.shardings)
 
 
-def _read(workdir: Path | str, config: Config, step: int | None, shapes: Any, shardings: Any) -> TrainState:
-    checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
+def _read(workdir: Path | str, config: Config, step: int | str | None, shapes: Any, shardings: Any) -> TrainState:
+    folder = Path(workdir) / (BEST if step == BEST else NEWEST)
+    if step == BEST and not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is missing: this run keeps no best checkpoint. run.best names the metric that would choose it."
+        )
+    checkpoints = Checkpoints(folder, read_only=True)
     try:
         steps = checkpoints.steps()
         if not steps:
             raise FileNotFoundError(f"{checkpoints.directory} holds no checkpoint: has the run started?")
-        if step is not None and step not in steps:
+        if isinstance(step, int) and step not in steps:
             raise ValueError(f"no checkpoint at step {step} in {checkpoints.directory}; there are {steps}.")
-        return checkpoints.restore(steps[-1] if step is None else step, shapes, shardings)
+        return checkpoints.restore(step if isinstance(step, int) else steps[-1], shapes, shardings)
     finally:
         checkpoints.close()
 
 
-def load(workdir: Path | str, step: int | None = None) -> Any:
+def load(workdir: Path | str, step: int | str | None = None) -> Any:
     """The model of a run on one device: a frozen image encoder (`Encode`) or what the run's workload makes of it.
 
-    Neither the training data nor the devices of the run are needed. step: that of a checkpoint (default: the newest).
+    Neither the training data nor the devices of the run are needed. step: that of a checkpoint (default: the newest),
+    or 'best', the one that `run.best` kept.
 
     Raises FileNotFoundError when there is no run or no checkpoint, ValueError for a step that was not kept,
     CheckpointError when the checkpoint is damaged.
@@ -99,7 +108,7 @@ def load(workdir: Path | str, step: int | None = None) -> Any:
     return workload.loaded(recipe, jax.device_put(state, jax.devices()[0]), config, Path(workdir))
 
 
-def bare(workdir: Path | str, step: int | None = None) -> tuple[Config, Recipe, TrainState]:
+def bare(workdir: Path | str, step: int | str | None = None) -> tuple[Config, Recipe, TrainState]:
     """Configuration, a recipe without the run's data, and the state of a checkpoint. Raises as `load`."""
     config = read_config(workdir)
     recipe = experiment.workload(config.method.workload).hollow(config, Path(workdir))
@@ -108,7 +117,7 @@ def bare(workdir: Path | str, step: int | None = None) -> tuple[Config, Recipe, 
     return config, recipe, _read(workdir, config, step, shapes, None)
 
 
-def evaluate(workdir: Path | str, step: int | None = None) -> dict[str, Any]:
+def evaluate(workdir: Path | str, step: int | str | None = None) -> dict[str, Any]:
     """The run's own evaluations on a checkpoint: the same numbers as in training."""
     _, session, state = restore(workdir, step)
     records = metrics.read_records(Path(workdir) / "metrics.jsonl")

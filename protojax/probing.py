@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from protojax.api import FeatureBank, Probe, Recipe, Source, TrainState
+from protojax.api import Codebook, FeatureBank, Probe, Recipe, Source, TrainState
 from protojax.parallel import replicated, to_device, to_host
 from protojax.step import codebooks, join, observer, stream
 
@@ -85,16 +85,28 @@ def make_probe(
     target, _ = codebooks(recipe, state.estimator, head, head)
     described = {} if recipe.estimator is None else recipe.describe(state.estimator)
     info = {k: np.asarray(v) for k, v in to_host(described).items()}
+    codebook = None if target is None else jax.tree.map(np.asarray, to_host(target))
+    codebook, info = in_use(codebook, info)
     return Probe(
         step=int(to_host(state.step)),
         bank=bank,
         specs={k: s.spec for k, s in recipe.sources.items()},
-        codebook=None if target is None else jax.tree.map(np.asarray, to_host(target)),
+        codebook=codebook,
         info=info,
         initial=initial,
         head=lambda: to_host(head),
         encode=lambda batch: to_host(forward(variables, to_device(mesh, batch), constants)),
     )
+
+
+def in_use(codebook: Codebook | None, info: dict[str, Any]) -> tuple[Codebook | None, dict[str, Any]]:
+    """Codebook and description without the prototypes that are switched off, where the estimator can switch ('active'
+    bool [K] in `info`, which stays whole): no evaluation, picture or user of a model sees one of them."""
+    active = info.get("active")
+    if codebook is None or active is None:
+        return codebook, info
+    kept = {"usage": info["usage"][active]} if "usage" in info else {}
+    return Codebook(codebook.prototypes[active], codebook.bias[active]), {**info, **kept}
 
 
 def run_evaluations(recipe: Recipe, probe: Probe) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from protojax.checkpoint import BEST
 from protojax.config import Component, Config, from_plain, suggest
 from protojax.evals import table
 from protojax.evals.knn import DEFAULT_KS
@@ -34,8 +35,8 @@ class Protocol:
     the data that are named on the command line. resize: side of the image that the network sees, in pixels (None: that
     of the global views in training); crop: side of the central square over the shorter side of the image. labels: label
     keys (None: all that both splits have). groups: rule for head, medium and tail. k, temperature: of k-NN. seed: of
-    whatever is drawn. checkpoint: 'last', or a step; never the best on test. evaluations: name -> options
-    (`evals.table`).
+    whatever is drawn. checkpoint: 'last', a step, or 'best': what the run's own `run.best` chose. evaluations:
+    name -> options (`evals.table`).
     """
 
     name: str = "protocol"
@@ -59,9 +60,9 @@ class Protocol:
         return {name: table.resolved(name, part.options) for name, part in self.evaluations.items()}
 
     @property
-    def step(self) -> int | None:
-        """The step of the checkpoint; None: the last."""
-        return None if self.checkpoint == LAST else int(self.checkpoint)
+    def step(self) -> int | str | None:
+        """The checkpoint as `loading` calls it: a step, 'best', or None: the last."""
+        return which(self.checkpoint)
 
     def canonical(self) -> dict[str, Any]:
         """Everything that can change a number, defaults filled in, as JSON types."""
@@ -82,6 +83,13 @@ class Protocol:
     def record(self) -> dict[str, Any]:
         """What is written beside numbers: name, hash and the whole protocol."""
         return {"name": self.name, "hash": self.hash, **self.canonical()}
+
+
+def which(checkpoint: str) -> int | str | None:
+    """What `loading` calls a checkpoint: a step, 'best', or None for 'last'. Raises ValueError for another text."""
+    if checkpoint not in (LAST, BEST) and not checkpoint.isdigit():
+        raise ValueError(f"checkpoint: expected 'last', 'best' or a step, got {checkpoint!r}.")
+    return int(checkpoint) if checkpoint.isdigit() else None if checkpoint == LAST else BEST
 
 
 def to_plain_fields(protocol: Protocol) -> dict[str, Any]:
@@ -165,7 +173,8 @@ def _validate(protocol: Protocol) -> None:
     require(bool(protocol.k) and min(protocol.k) > 0, "k", "positive numbers of neighbours")
     require(protocol.temperature > 0, "temperature", "a positive number")
     require(protocol.seed >= 0, "seed", "a number >= 0")
-    require(protocol.checkpoint == LAST or protocol.checkpoint.isdigit(), "checkpoint", "'last' or a step")
+    require(protocol.checkpoint in (LAST, BEST) or protocol.checkpoint.isdigit(), "checkpoint",
+            "'last', 'best' or a step")  # fmt: skip
     for name, part in protocol.evaluations.items():
         if part.name != name:
             raise ValueError(f"protocol.evaluations.{name}: an evaluation is chosen by its key; remove the name.")

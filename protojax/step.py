@@ -75,7 +75,8 @@ def _observe(recipe: Recipe, variables: PyTree, head: PyTree, batch: Batch, step
             embeddings, stats = accumulation.forward(recipe.teacher, variables, seen, key, size, recipe.micro_batches)
         else:
             embeddings, stats = recipe.teacher.apply(variables, seen, True, key)
-    rows = None if recipe.rows is None else recipe.rows(embeddings, batch, head)
+    given = inputs if recipe.teacher is None else embeddings
+    rows = None if recipe.rows is None else recipe.rows(given, batch, head)
     return rows, stats, embeddings, inputs
 
 

@@ -1,6 +1,7 @@
 """Studies: arms x seeds over configs, resumable, with the tables and plots that a results page is made of.
 
-A study is a Python file with `get_study(smoke=False) -> Study` (see configs/studies/). `run` trains what is missing,
+A study is a Python file with `get_study(smoke=False) -> Study`, or `get_study(smoke=False, argument='...')` for a study
+over several data sets, asked for as NAME:ARGUMENT (see configs/studies/). `run` trains and measures what is missing,
 each run in a process of its own; `write` turns the summaries into Markdown, a JSON line a run and plots. The page keeps
 what people wrote: only what stands between the two markers is replaced.
 """
@@ -8,6 +9,7 @@ what people wrote: only what stands between the two markers is replaced.
 from __future__ import annotations
 
 import concurrent.futures
+import inspect
 import json
 import math
 import multiprocessing
@@ -19,8 +21,9 @@ from typing import Any
 
 import ml_collections
 
-from protojax import configs_path
+from protojax import configs_path, measuring
 from protojax.config import Config, freeze, suggest
+from protojax.measuring import Measure
 from protojax.reporting.records import as_number, dig
 
 BEGIN, END = "<!-- study: begin (written by `protojax study`) -->", "<!-- study: end -->"
@@ -49,7 +52,10 @@ class Row:
 class Study:
     """name; question: what it asks, a sentence or two; trials x seeds; rows of the table; reference: label of the trial
     that the others are compared with in `compared` rows (titles); curves: title -> path into the evaluation records,
-    drawn over steps."""
+    drawn over steps.
+
+    measures: taken on every finished run (`measuring`), rows find them below 'measured/'. runs: the folder of the runs,
+    which studies that train the same trials share (None: the study's name). tall: a trial a line, for many trials."""
 
     name: str
     question: str
@@ -59,16 +65,24 @@ class Study:
     reference: str | None = None
     compared: tuple[str, ...] = ()
     curves: Mapping[str, str] = field(default_factory=dict)
+    measures: tuple[Measure, ...] = ()
+    runs: str | None = None
+    tall: bool = False
 
 
 def load(name: str, smoke: bool = False) -> Study:
-    """The study of a file, or of an installed name ('quickstart' means configs/studies/quickstart.py).
+    """The study of a file, or of an installed name ('quickstart' means configs/studies/quickstart.py), with what stands
+    behind a colon as its argument.
 
-    Raises FileNotFoundError with the nearest name, ValueError for a file without get_study and for a study in which
-    two trials share a label or the reference is none of them.
+    Raises FileNotFoundError with the nearest name, ValueError for a file without get_study, an argument that the study
+    does not take, and for a study in which two trials share a label or the reference is none of them.
     """
+    name, _, argument = name.partition(":")
     path = Path(name) if Path(name).is_file() else configs_path.find(f"studies/{name}")
-    study = configs_path.function_of(path, "get_study", "smoke=False", "study")(smoke)
+    get_study = configs_path.function_of(path, "get_study", "smoke=False", "study")
+    if argument and "argument" not in inspect.signature(get_study).parameters:
+        raise ValueError(f"{path}: this study takes no argument, got {argument!r}.")
+    study = get_study(smoke, argument) if argument else get_study(smoke)
     labels, titles = [t.label for t in study.trials], [r.title for r in study.rows]
     if len({*labels}) < len(labels) or not labels or not study.seeds:
         raise ValueError(
@@ -104,26 +118,32 @@ def workdir(root: Path, trial: Trial, seed: int) -> Path:
 
 
 def run(
-    study: Study, root: Path, *, only: Sequence[str] = (), jobs: int = 1, say: Callable[[str], None] = print
+    study: Study,
+    root: Path,
+    *,
+    only: Sequence[str] = (),
+    jobs: int = 1,
+    data: Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> None:
-    """Train what is missing of the trials (`only` these labels), `jobs` processes at a time.
+    """Train and measure what is missing of the trials (`only` these labels), `jobs` processes at a time; 0: here.
 
     A finished run stays as it is, one that was stopped is resumed, a failed one is named at the end and does not stop
-    the others. Raises ValueError for an unknown label, RuntimeError when runs failed.
+    the others. data: the folder that a relative `data.root` is in. Raises ValueError for an unknown label, data that
+    are not there and a finished run of another configuration, RuntimeError when runs failed.
     """
     labels = [t.label for t in study.trials]
     for label in only:
         if label not in labels:
             raise ValueError(f"no trial {label!r}{suggest(label, labels)}; this study has {labels}.")
     wanted = [(t, s) for s in study.seeds for t in study.trials if not only or t.label in only]
-    for trial, seed in wanted:
-        config_of(trial, seed)  # a typo is found before hours of training
-    todo = [(t, s) for t, s in wanted if not (workdir(root, t, s) / "summary.json").exists()]
+    for trial, seed in wanted:  # what is wrong is found before hours of training
+        _check(trial, measuring.placed(config_of(trial, seed), data), workdir(root, trial, seed))
+    todo = [(t, s) for t, s in wanted if not _finished(study, workdir(root, t, s))]
     say(f"{study.name}: {len(wanted)} runs, {len(wanted) - len(todo)} finished, {len(todo)} to go")
     failed = []
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        futures = {pool.submit(_train, t, s, workdir(root, t, s)): (t, s) for t, s in todo}
+    with _pool(jobs) as pool:
+        futures = {pool.submit(_train, t, s, workdir(root, t, s), study.measures, data): (t, s) for t, s in todo}
         for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
             trial, seed = futures[future]
             error = future.exception()
@@ -136,12 +156,54 @@ def run(
         )
 
 
-def _train(trial: Trial, seed: int, where: Path) -> None:
+class _Here(concurrent.futures.Executor):
+    """Runs in this process, one after another: signals reach the main thread alone."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> concurrent.futures.Future:
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        try:
+            future.set_result(function(*arguments, **options))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _pool(jobs: int) -> concurrent.futures.Executor:
+    if jobs == 0:
+        return _Here()
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1)
+
+
+def _finished(study: Study, where: Path) -> bool:
+    return (where / "summary.json").exists() and not measuring.missing(where, study.measures)
+
+
+def _check(trial: Trial, config: Config, where: Path) -> None:
+    """Data are there, and a run that is finished is one of this configuration (studies share folders of runs)."""
+    from protojax import loading, running
+
+    root = config.data.root
+    if root is not None and not Path(root).expanduser().exists():
+        raise ValueError(f"trial {trial.label!r}: no such file: {root}; name the folder of the archives with --data.")
+    if not (where / "summary.json").exists():
+        return
+    here, there = running.fingerprint(config), running.fingerprint(loading.read_config(where))
+    changed = sorted(k for k in {*here} & {*there} if here[k] != there[k])  # an option that is new has its default
+    if changed:
+        lines = "; ".join(f"{k}: there {there[k]!r}, now {here[k]!r}" for k in changed[:4])
+        raise ValueError(f"{where} is a run of another configuration ({lines}); give another --workdir, or delete it.")
+
+
+def _train(trial: Trial, seed: int, where: Path, measures: tuple[Measure, ...], data: Path | None) -> None:
     from protojax import running
 
     where.mkdir(parents=True, exist_ok=True)
-    with (where / "log.txt").open("a") as log:
-        running.train_config(config_of(trial, seed), where, say=lambda text: print(text, file=log, flush=True))
+    if not (where / "summary.json").exists():
+        config = measuring.placed(config_of(trial, seed), data)
+        with (where / "log.txt").open("a") as log:
+            running.train_config(config, where, say=lambda text: print(text, file=log, flush=True))
+    measuring.take(where, measures, data)
 
 
 # ------------------------------------------------------------------------------------------------- results
@@ -152,7 +214,9 @@ def results(study: Study, root: Path) -> dict[str, dict[int, dict[str, Any]]]:
         for seed in study.seeds:
             path = workdir(root, trial, seed) / "summary.json"
             if path.exists():
-                found.setdefault(trial.label, {})[seed] = json.loads(path.read_text())
+                numbers = json.loads(path.read_text())
+                taken = measuring.found(path.parent, study.measures)
+                found.setdefault(trial.label, {})[seed] = {**numbers, **({"measured": taken} if taken else {})}
     return found
 
 
@@ -192,26 +256,34 @@ def markdown(study: Study, root: Path, command: str) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in some["versions"].items())
     labels = [t.label for t in study.trials if t.label in found]
     out = [study.question, "", f"Command: `{command}`. Device: {some['device']}. {versions}.", ""]
-    out.append(
-        "| mean ± standard deviation over seeds | " + " | ".join(f"{n} ({len(found[n])})" for n in labels) + " |"
-    )
-    out.append("| --- |" + " --- |" * len(labels))
-    for row in study.rows:
-        out.append(f"| {row.title} | " + " | ".join(spread(values(row, found[n]), row.digits) for n in labels) + " |")
-    if study.reference in found and study.compared:
+    cells = [[spread(values(row, found[n]), row.digits) for n in labels] for row in study.rows]
+    counted = [f"{n} ({len(found[n])})" for n in labels]
+    out += _table("mean ± standard deviation over seeds", [r.title for r in study.rows], counted, cells, study.tall)
+    compared = [row for row in study.rows if row.title in study.compared]
+    if study.reference in found and compared:
         out += ["", f"Difference of {study.reference} to each (its standard error):", ""]
         others = [n for n in labels if n != study.reference]
-        out += ["| | " + " | ".join(others) + " |", "| --- |" + " --- |" * len(others)]
-        for row in (r for r in study.rows if r.title in study.compared):
-            cells = []
-            for name in others:
-                pair = difference(values(row, found[study.reference]), values(row, found[name]))
-                cells.append("–" if pair is None else f"{pair[0]:+.{row.digits}f} ({pair[1]:.{row.digits + 1}f})")
-            out.append(f"| {row.title} | " + " | ".join(cells) + " |")
+        ours = found[study.reference]
+        cells = [[_gap(row, ours, found[n]) for n in others] for row in compared]
+        out += _table("", [r.title for r in compared], others, cells, study.tall)
     missing = [f"{t.label}-{s}" for t in study.trials for s in study.seeds if s not in found.get(t.label, {})]
     if missing:
         out += ["", f"Not run: {', '.join(missing)}."]
     return "\n".join(out)
+
+
+def _gap(row: Row, ours: Mapping[int, Any], theirs: Mapping[int, Any]) -> str:
+    pair = difference(values(row, ours), values(row, theirs))
+    return "–" if pair is None else f"{pair[0]:+.{row.digits}f} ({pair[1]:.{row.digits + 1}f})"
+
+
+def _table(corner: str, rows: list[str], columns: list[str], cells: list[list[str]], turned: bool) -> list[str]:
+    """Lines of a Markdown table, cells[row][column]; `turned`: columns go down."""
+    if turned:
+        rows, columns, cells = columns, rows, [list(column) for column in zip(*cells, strict=True)]
+    lines = [[corner, *columns], ["---"] * (1 + len(columns))]
+    lines += [[title, *line] for title, line in zip(rows, cells, strict=True)]
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def insert(page: str, generated: str) -> str:

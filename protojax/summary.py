@@ -39,6 +39,7 @@ def summarise(config: Config, result: Any) -> dict[str, Any]:
         "finished": result.finished,
         "images_per_second": result.images_per_second,
         **experiment.workload(config.method.workload).summarise(config, result),
+        "best": result.best,
         "findings": result.findings,
         "device": device(),
         "versions": versions(),

@@ -22,7 +22,7 @@ from protojax import accumulation, distributed, flops, parallel, probing
 from protojax import metrics as metrics_lib
 from protojax import step as step_lib
 from protojax.api import Recipe, TrainState
-from protojax.checkpoint import CheckpointError, Checkpoints
+from protojax.checkpoint import NEWEST, CheckpointError, Checkpoints
 from protojax.config import Run, System
 from protojax.distributed import StopFlag
 from protojax.gauges import Gauges
@@ -46,7 +46,7 @@ class Options(NamedTuple):
 
 
 class Result(NamedTuple):
-    """finished: False when a signal stopped the run. initial, final: evaluation metrics."""
+    """finished: False when a signal stopped the run. initial, final: evaluation metrics. best: of `Checkpoints`."""
 
     state: TrainState
     step: int
@@ -56,6 +56,7 @@ class Result(NamedTuple):
     findings: list[dict[str, Any]]
     images_per_second: float
     probe: Any
+    best: dict[str, Any] | None
 
 
 class Session(NamedTuple):
@@ -188,7 +189,8 @@ def run(recipe: Recipe, options: Options) -> Result:
     Raises NotFiniteError at the first non-finite loss or gradient; checkpoints of finite states stay.
     """
     session = make_session(recipe, options)
-    checkpoints = Checkpoints(options.workdir / "checkpoints", options.run.keep)
+    best = recipe.best if options.run.best is None else options.run.best
+    checkpoints = Checkpoints(options.workdir / NEWEST, options.run.keep, best=best)
     try:
         with StopFlag() as stop:
             return _run(session, checkpoints, stop)
@@ -240,7 +242,9 @@ def _train(
             options.say(f"this run is finished ({total} steps): nothing is trained, only the report is written again")
         if not loop.evaluated(0):
             raise CheckpointError(f"{writer.path} lost the evaluation at step 0 that the checkpoint belongs to.")
+        loop.offer(state, first)  # the process may have ended between the evaluation and its checkpoint
     else:
+        checkpoints.forget_best()
         loop.evaluate(state, 0)
         loop.save(state, 0)
     state, at = (state, first) if found and loop.exhausted(first) else loop.advance(state, first, stop)
@@ -248,7 +252,7 @@ def _train(
     checkpoints.wait()
     final, initial = loop.evaluated(at) or {}, loop.evaluated(0) or {}
     finished = at == total or loop.exhausted(at)
-    return Result(state, at, finished, initial, final, loop.findings(), loop.rate(), probe)
+    return Result(state, at, finished, initial, final, loop.findings(), loop.rate(), probe, checkpoints.best)
 
 
 class Loop:
@@ -269,7 +273,7 @@ class Loop:
     # -- the hot path: no device value is read here
     def advance(self, state: TrainState, first: int, stop: StopFlag) -> tuple[TrainState, int]:
         """Steps from `first` to the end, or to the step after a signal."""
-        recipe, total = self.recipe, self.recipe.total_steps
+        total, size = self.recipe.total_steps, self.recipe.sources["train"].spec.batch_size
         make_empty = functools.partial(step_lib.empty_accumulator, self.session.numbers)
         empty = jax.jit(make_empty, out_shardings=parallel.replicated(self.session.mesh))
         accumulator, waited, images, at = empty(), 0.0, 0, first
@@ -281,11 +285,7 @@ class Loop:
             for (begin, count), (batch, wait) in zip(calls, batches, strict=True):
                 dispatch = self.session.one if count == 1 else self.session.many
                 state, accumulator = dispatch(state, accumulator, batch, self.session.constants)
-                at, waited, images = (
-                    begin + count,
-                    waited + wait,
-                    images + count * recipe.sources["train"].spec.batch_size,
-                )
+                at, waited, images = begin + count, waited + wait, images + count * size
                 bar.update(count)
                 self.gauges.step(at)
                 stopping = stop.due(at)
@@ -384,17 +384,27 @@ class Loop:
         numbers = probing.run_evaluations(self.recipe, probe)
         record = {"fraction": at / self.recipe.total_steps, "eval_seconds": time.perf_counter() - began}
         self.writer.write("eval", at, **record, metrics=numbers)
+        self.offer(state, at)
         self._diagnose(at)
         return probe
 
+    def offer(self, state: TrainState, at: int) -> None:
+        """Keep this state where its evaluation, one of the planned ones, is the best so far."""
+        numbers = self.evaluated(at)
+        if numbers is not None and at in {0, *self.evals}:
+            self.checkpoints.offer(at, state, self._record(), numbers)
+
     def save(self, state: TrainState, at: int) -> None:
         """Begin a checkpoint, never of a non-finite state (at a log step that was just checked)."""
-        record = {"fingerprint": dict(self.options.fingerprint), "images_per_second": self.rate()}
-        self.checkpoints.save(at, state, json.loads(json.dumps(record)))
+        self.checkpoints.save(at, state, self._record())
         distributed.note(
             f"The checkpoint of step {at} is the last one begun below {self.checkpoints.directory}; complete ones are "
             "intact, and the same command resumes from the newest."
         )
+
+    def _record(self) -> dict[str, Any]:
+        record = {"fingerprint": dict(self.options.fingerprint), "images_per_second": self.rate()}
+        return json.loads(json.dumps(record))
 
     def _stopped(self, at: int, stop: StopFlag) -> None:
         self.checkpoints.wait()

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from protojax import alignment_arms, experiment, running
+from protojax import alignment_arms, experiment, running, train
 from protojax import step as step_lib
+from protojax.api import FeatureBank, Probe
 from protojax.commands.search import search
 from protojax.config import freeze
+from protojax.data.pairs import Pairs, Texts, image_content
+from protojax.data.pairs_text import hashed_texts
+from protojax.evals.alignment import alignment_evaluation
 from protojax.loading import load
+from protojax.workloads import alignment_parts as parts
 from protojax.workloads.alignment_loading import embed
 from protojax.workloads.alignment_parts import decayed, position_codes
+from tests.data.test_pairs import nlvr
 from tests.toy import config_dict
 
-QUICK_ARMS = ("perceiver", "direct", "sigmoid", "prefix_single", "frozen_resampler")
+QUICK_ARMS = ("perceiver", "direct", "sigmoid", "prefix_single", "shared_resampler")
 
 
 def small(argument: str = "smoke", **changes):
@@ -53,12 +61,13 @@ def check_arm(arm):
     assert recipe.estimator is None
     names = {"loss/total", "loss/contrastive_full", "loss/prefix_objective", "loss/chance"}
     assert names | {f"loss/prefix_{d}" for d in (32, 16, 8)} <= set(numbers)
-    assert ("loss/sampled_dim" in numbers) == (arm == "prefix_single")
+    assert ("loss/sampled_dim" in numbers) == (arm in ("prefix_single", "original"))
     if arm == "perceiver":
         groups = recipe.subtrees(state.params)
-        assert {"resampler/latents", "resampler/key_value", "resampler/layer0/query", "text_project/kernel"} <= set(
-            groups
-        )
+        wanted = {"resampler/latents", "resampler/key_value", "resampler/layer0/query/kernel", "text_project/kernel"}
+        assert wanted <= set(groups)
+        # Every leaf by itself: one without a gradient is named, and not hidden by its neighbours.
+        assert len(groups) == len(jax.tree.leaves(state.params))
 
 
 @pytest.mark.parametrize("arm", QUICK_ARMS)
@@ -72,7 +81,7 @@ def test_every_other_arm_builds_and_steps(arm):
     check_arm(arm)
 
 
-@pytest.mark.parametrize("name", ["bos", "constant_image", "shuffled_pairs", "lr_zero"])
+@pytest.mark.parametrize("name", ["bos", "constant_image", "shuffled_pairs", "lr_zero", "prefix_order"])
 def test_failure_configs_name_what_must_fire(name):
     path = Path(__file__).parent.parent / "configs" / "failures" / f"alignment_{name}.py"
     assert "\nFires: " in path.read_text()
@@ -85,6 +94,22 @@ def test_failure_configs_name_what_must_fire(name):
 def test_emoji_configuration_builds(argument):
     recipe, _, _ = shapes_of_a_step(config_dict("alignment_emoji", argument))
     assert recipe.sources["train"].spec.size == 1523
+
+
+def test_pictures_come_with_the_evaluations_that_their_texts_allow(tmp_path: Path):
+    recipe, _, _ = shapes_of_a_step(config_dict("alignment_pictures", "smoke"))
+    assert set(recipe.sources) == {"train", "test", "classes", "class_names"}
+    assert recipe.sources["classes"].spec.size == 81
+    c = config_dict("alignment_pictures", "nlvr,smoke")
+    with c.unlocked():
+        c.data.root = str(nlvr(tmp_path / "nlvr.npz", count=90))
+    recipe, _, _ = shapes_of_a_step(c)
+    assert set(recipe.sources) == {"train", "test", "dev_matching", "test_matching"}
+    assert recipe.sources["test_matching"].spec.classes["true"] == ("false", "true")
+    assert set(experiment.build(freeze(small())).sources) == {"train", "test", "bank"}
+    assert freeze(config_dict("alignment_pictures", "tiles")).data.source.name == "pairs_npz"
+    with pytest.raises(ValueError, match="choose one of grocery, tiles, nlvr, got tiles, nlvr"):
+        config_dict("alignment_pictures", "tiles,nlvr")
 
 
 def test_published_sizes_are_accepted_and_unsorted_widths_are_sorted():
@@ -104,6 +129,11 @@ def test_published_sizes_are_accepted_and_unsorted_widths_are_sorted():
         ({"method__alignment__temperature": 0.0}, "positive number"),
         ({"method__alignment__image_features": "conv"}, "holds image tokens"),
         ({"method__alignment__text_dropout": 1.0}, r"lie in \[0, 1\)"),
+        ({"method__alignment__shared_resampler": True, "method__alignment__image_path": "direct"}, "got 'direct'"),
+        (
+            {"method__alignment__shared_resampler": True, "method__alignment__text_pool": "unmasked_mean"},
+            "text_pool='unmasked_mean' has no meaning with it",
+        ),
         ({"data__batch_size": 1}, "have no negatives: the loss is 0 by definition"),
         ({"method__optim__planned_fraction": 0.0}, r"planned_fraction must lie in \(0, 1\]"),
     ],
@@ -111,6 +141,93 @@ def test_published_sizes_are_accepted_and_unsorted_widths_are_sorted():
 def test_what_is_refused_before_anything_is_compiled(changes, message):
     with pytest.raises(ValueError, match=message):
         shapes_of_a_step(small(**changes))
+
+
+def captioned(texts: Texts, caption=None) -> Pairs:
+    shapes, read = image_content(np.zeros((3, 8, 8, 3), np.uint8), "three")
+    rows = tuple(np.asarray([i], np.int32) for i in (caption or range(3)))
+    return Pairs("three", 3, shapes, read, rows, texts)
+
+
+def test_texts_that_are_refused_before_training():
+    settings = parts.aligner()
+    cut = hashed_texts(["one two three", "one", "two"], longest=4)
+    with pytest.warns(UserWarning, match=r"1 of 3 captions were cut .* \(their end token is kept\)"):
+        parts.check_text(captioned(cut), settings)
+    pools = {pool: rows for pool, rows in cut.pooled.items() if pool != "eos"}
+    with pytest.raises(ValueError, match=r"no text states pooled by 'eos'; it has \['bos', .* needs text_eos beside"):
+        parts.check_text(captioned(cut._replace(pooled=pools, cut=0)), settings)
+    ids = np.asarray([[1, 5, 2], [1, 9, 2], [1, 4, 2]], np.int32)
+    tokens = Texts(("a", "b", "c"), {}, True, "bpe-00-3-9", ids=ids, mask=np.ones((3, 3), bool))
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.8 \(the vocabulary\); 1 captions .* caption 1 with id 9"):
+        parts.check_text(captioned(tokens), settings)
+    blank = np.arange(3)[:, None] + np.zeros((1, 3)) < 2
+    with pytest.raises(ValueError, match=r"1 captions hold padding alone, the first are \[2\]"):
+        parts.check_text(captioned(tokens._replace(ids=np.minimum(ids, 8), mask=blank)), settings)
+    with pytest.raises(ValueError, match="three has one distinct caption: the contrastive loss is 0 by definition"):
+        parts.check_batch(captioned(cut, caption=[1, 1, 1]), 2)
+    with pytest.raises(ValueError, match="texts come from two towers or pools: 'clip-1' and 'clip-2'"):
+        parts.check_same_tower("clip-1", "clip-2", "training and test texts")
+
+
+def test_an_empty_caption_is_its_start_and_end_and_nobodys_negative():
+    ids = jnp.asarray([[1, 7, 8, 2, 0], [1, 9, 2, 0, 0]], jnp.int32)
+    mask, own = ids > 0, {"caption_id": jnp.asarray([3, 4], jnp.int32)}
+    # A rate of 1 is no configuration: here it drops every caption.
+    out = parts.empty_some(jax.random.key(0), own | {"text_ids": ids, "text_mask": mask}, 1.0, None)
+    np.testing.assert_array_equal(out["text_mask"], [[True, True, False, False, False]] * 2)
+    np.testing.assert_array_equal(out["text_ids"][:, :2], [[1, 2]] * 2)
+    assert int(out["caption_id"][0]) == int(out["caption_id"][1])
+    kept = parts.empty_some(jax.random.key(0), own | {"text_ids": ids, "text_mask": mask}, 0.0, None)
+    np.testing.assert_array_equal(kept["text_ids"], ids)
+    np.testing.assert_array_equal(kept["text_mask"], mask)
+    states = parts.empty_some(
+        jax.random.key(0), own | {"text_states": jnp.ones((2, 5, 3)), "text_mask": mask}, 1.0, None
+    )
+    np.testing.assert_array_equal(states["text_mask"], [[True, False, False, False, False]] * 2)
+    texts = hashed_texts(["a red apple", "a green apple"])
+    pooled = parts.empty_some(
+        jax.random.key(0), own | {"text": jnp.asarray(texts.pooled["eos"])}, 1.0, texts.empty["eos"]
+    )
+    np.testing.assert_array_equal(pooled["text"], np.stack([texts.empty["eos"]] * 2))
+
+
+# ------------------------------------------------------------------------------------------------- evaluations
+def known_bank(size: int, labels=None, seed: int = 0) -> FeatureBank:
+    """Images and texts of one content [size,4]: text is the image, but for what the label 'true' denies."""
+    content = np.random.default_rng(seed).normal(size=(size, 4)).astype(np.float32)
+    labels = labels or {}
+    text = np.where(labels["true"][:, None] == 1, content, -content) if "true" in labels else content
+    ids = np.arange(size)
+    return FeatureBank(np.zeros((size, 0), np.float32), content, labels, ids,
+                       {"text": text, "caption_id": ids, "image_id": ids})  # fmt: skip
+
+
+def test_what_is_evaluated_follows_the_data():
+    truth = np.arange(10) % 2
+    banks = {"test": known_bank(8, {"fine": np.arange(8)}), "classes": known_bank(8), "bank": known_bank(40, seed=1),
+             "dev_matching": known_bank(10, {"true": truth}, 2),
+             "test_matching": known_bank(10, {"true": truth}, 3)}  # fmt: skip
+    factors = {name: 2.0 * banks[name].image for name in ("bank", "test")}
+    options = {"widths": (4, 2), "temperature": 0.5, "batch": 4, "steps": 10, "epochs": 2.0}
+
+    def found(step: int, splits=(), factors=None):
+        evaluation = alignment_evaluation(splits=splits, factors=factors, **options)
+        probe = Probe(step, banks.__getitem__, {}, None, {}, {})
+        return evaluation.run(probe, jax.random.key(0))["alignment"]
+
+    plain, whole = found(5), found(10, tuple(banks), factors)
+    assert plain["r1"]["4"] == 1.0
+    assert plain["epoch"] == 1.0
+    assert not {"zero_shot", "zero_shot_names", "matching", "factors"} & set(plain)
+    assert whole["zero_shot"]["accuracy"]["4"] == 1.0  # the texts of the classes are the images' own
+    assert whole["matching"]["accuracy"]["4"] == whole["matching"]["auc"]["2"] == 1.0
+    assert whole["factors"]["r2"] == pytest.approx(1.0, abs=1e-6)
+    assert "factors" in found(0, tuple(banks), factors)
+    assert "factors" not in found(5, tuple(banks), factors)
+    assert set(whole["text"]["smallest_std"]) == {"4", "2"}
+    lossy = whole["loss"]
+    assert lossy["above_chance_2"] == pytest.approx(lossy["prefix_2"] - lossy["chance"])
 
 
 def test_decay_reaches_kernels_alone():
@@ -207,3 +324,57 @@ def test_a_folder_with_captions_becomes_an_aligner_that_can_be_searched(tmp_path
     assert search(workdir, str(folder / "0.png"), top=1)[2].startswith("nearest images")
     with pytest.raises(ValueError, match="--top must be at least 1"):
         search(workdir, "x", top=0)
+
+
+@pytest.mark.slow
+def test_one_resampler_for_both_sides_is_trained_embedded_and_searched(tmp_path: Path):
+    c = config_dict("alignment_emoji", "shared_resampler,smoke")
+    with c.unlocked():
+        c.run.progress = c.run.tensorboard = False
+    workdir = tmp_path / "run"
+    running.train_config(freeze(c), workdir, say=lambda text: None)
+    assert "Kept by prefix" in (workdir / "report.html").read_text()
+    encode = load(workdir)
+    red = encode.encode_text(["a red apple"])
+    # Padding to another length changes nothing.
+    np.testing.assert_allclose(
+        encode.encode_text(["a red apple", "a much longer caption of a thing"])[:1], red, atol=1e-5
+    )
+    embed(workdir, tmp_path / "all.npz", width=16)
+    with np.load(tmp_path / "all.npz") as archive:
+        row = archive["captions"].tolist().index("red apple") if "red apple" in archive["captions"] else 0
+        name = str(archive["captions"][row])
+        np.testing.assert_allclose(encode.encode_text([name], 16)[0], archive["text"][row], atol=1e-5)
+    assert len(search(workdir, "apple", top=1)) == 4
+    with pytest.raises(ValueError, match="reads every position of a caption"):
+        encode.encode_states(np.zeros((1, 256)))
+    with pytest.raises(ValueError, match="come from two towers or pools: 'hashed-128-77' and 'other'"):
+        encode.encode_texts(hashed_texts(["red apple"])._replace(fingerprint="other"))
+
+
+@pytest.mark.slow
+def test_a_run_that_broke_off_and_was_resumed_has_the_same_losses(tmp_path: Path):
+    config = freeze(small("perceiver,smoke", **(TINY | {"method__steps": 8, "run__checkpoint_every": 0.25,
+                                                        "run__report": False})))  # fmt: skip
+
+    def losses(workdir: Path) -> dict[int, float]:
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        return {r["step"]: r["metrics"]["loss/total"] for r in lines if r["kind"] == "train"}
+
+    running.train_config(config, tmp_path / "whole", say=lambda text: None)
+    recipe = experiment.build(config)
+    batch = recipe.sources["train"].batch
+
+    def failing(step):
+        if step == 5:
+            raise OSError("disk gone")
+        return batch(step)
+
+    sources = {**recipe.sources, "train": recipe.sources["train"]._replace(batch=failing)}
+    options = train.Options(tmp_path / "broken", config.run, dataclasses.replace(config.system, prefetch=0),
+                            config.evals.every, running.fingerprint(config), say=lambda text: None)  # fmt: skip
+    with pytest.raises(OSError, match="disk gone"):
+        train.run(recipe._replace(sources=sources), options)
+    running.train_config(config, tmp_path / "broken", say=lambda text: None)
+    assert len(losses(tmp_path / "whole")) == 8
+    assert losses(tmp_path / "whole") == losses(tmp_path / "broken")

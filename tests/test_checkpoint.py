@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -46,6 +49,46 @@ def test_restored_onto_another_mesh(tmp_path: Path, data, proto, devices):
     assert same(restored, value)
     assert jax.tree.leaves(jax.tree.map(lambda r, s: r.sharding == s, restored, shardings)) == [True] * 3
     again.close()
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import jax
+import jax.numpy as jnp
+from protojax.checkpoint import Checkpoints
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes beyond the limit fail with an error, as on a full disk
+state = {"w": jax.random.normal(jax.random.key(0), (300_000,))}
+saved = Checkpoints(Path(sys.argv[1]))
+saved.save(1, state, {})
+saved.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+try:
+    saved.save(2, state, {})
+    saved.wait()
+except OSError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+again = Checkpoints(Path(sys.argv[1]))
+step, found, _ = again.restore_latest(jax.eval_shape(lambda: state), None, lambda record: None, print)
+assert step == 1 and jnp.array_equal(found["w"], state["w"])
+again.save(2, state, {})
+again.close()
+print("then", again.steps())
+"""
+
+
+def test_a_disk_that_is_full_while_saving_loses_nothing(tmp_path: Path):
+    """In a process of its own: the limit on file sizes belongs to a process."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "c")], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"a checkpoint could not be written below {tmp_path / 'c'}" in done.stdout
+    assert "GB are free. Complete checkpoints are intact: [1]. Make room" in done.stdout
+    assert done.stdout.strip().endswith("then [1, 2]")
 
 
 def test_checksum_sees_a_flipped_bit_a_swap_and_no_sharding():

@@ -101,7 +101,7 @@ def test_summary_has_the_keys_that_scripts_rely_on(run):
     s = run.summary
     assert set(s) == {
         "version", "workload", "name", "arm", "seed", "steps", "finished", "images_per_second", "knn", "groups",
-        "groups_macro", "effective_rank", "rank", "prototypes", "controls", "protocol", "findings", "device",
+        "groups_macro", "effective_rank", "rank", "prototypes", "controls", "protocol", "best", "findings", "device",
         "versions", "config",
     }  # fmt: skip
     assert (s["version"], s["arm"], s["seed"], s["steps"], s["finished"]) == (1, "decoupled", 0, STEPS, True)

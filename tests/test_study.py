@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from protojax import cli, configs_path, study
+from protojax import cli, configs_path, evidence, measuring, parallel, study, summary
+from protojax.config import Config
+from protojax.measuring import Evaluated
 from protojax.study import Row, Study, Trial
 
 VERSIONS = {"jax": "0", "numpy": "0"}
 STUDIES = sorted({p.stem for d in configs_path.directories() for p in (d / "studies").glob("*.py")})
+# Of prototypes: what may stand behind the colon beside the default, and what the table of a smoke version must hold.
+PROTOTYPES = {
+    "diversity": ("omniglot", "fashion", "tiny_mini", "tiny,resnet18", "tiny,vit_ti"),
+    "representation": ("omniglot", "fashion", "tiny,resnet18"),
+    "long_tail": ("lt200_if10", "lt100_if100,resnet18", "omniglot", "grocery"),
+    "ablation": ("omniglot", "fashion"),
+    "sensitivity": ("omniglot", "fashion"),
+    "batch_size": ("omniglot", "fashion"),
+    "overhead": ("tiny,resnet18",),
+    "dense": ("omniglot", "tiny,vit_ti"),
+}
+NAMES = [*STUDIES, *(f"{name}:{argument}" for name, some in PROTOTYPES.items() for argument in some)]
 
 
 def plant(root: Path, planned: Study, numbers: dict[str, list[float]]) -> None:
@@ -111,6 +127,62 @@ def test_bad_study_files(body, message, tmp_path):
         study.load(str(path))
 
 
+def test_a_trial_a_line(planned, tmp_path):
+    plant(tmp_path, planned, {"ours": [0.30, 0.32], "theirs": [0.20, 0.20]})
+    text = study.markdown(dataclasses.replace(planned, tall=True), tmp_path, "x").splitlines()
+    assert "| mean ± standard deviation over seeds | k-NN, % | absent |" in text
+    assert "| ours (2) | 31.0 ± 1.4 | – |" in text
+    assert "| theirs | +11.0 (1.00) |" in text
+
+
+def test_measures_are_found_by_rows_and_make_a_run_unfinished_until_they_are_there(planned, tmp_path):
+    plant(tmp_path, planned, {"ours": [0.3], "theirs": [0.2]})
+    measured = dataclasses.replace(planned, rows=(Row("away", "measured/away/knn/fine/20", 100),), compared=(),
+                                   measures=(Evaluated("away"),))  # fmt: skip
+    where = study.workdir(tmp_path, planned.trials[0], 0)
+    assert not study._finished(measured, where)
+    measuring.path(where, measured.measures[0]).parent.mkdir()
+    measuring.path(where, measured.measures[0]).write_text(json.dumps({"knn": {"fine": {"20": 0.5}}}))
+    assert study._finished(measured, where)
+    assert "| away | 50.0 | – |" in study.markdown(measured, tmp_path, "x")
+
+
+def test_a_relative_root_lies_in_the_folder_of_the_data(tmp_path):
+    config = study.config_of(Trial("t", "prototypes:fashion"), 0)
+    assert measuring.placed(config, None).data.root == "fashion_mnist_28.npz"
+    assert measuring.placed(config, tmp_path).data.root == str(tmp_path / "fashion_mnist_28.npz")
+    absolute = study.config_of(Trial("t", "prototypes:fashion", {"data.root": "/x.npz"}), 0)
+    assert measuring.placed(absolute, tmp_path).data.root == "/x.npz"
+
+
+def test_what_cannot_end_well_is_refused_before_anything_runs(planned, tmp_path):
+    """Data that are not there; a finished run of another configuration in the place of a trial; a stray argument."""
+    away = dataclasses.replace(planned, trials=(Trial("ours", "prototypes:fashion"),))
+    with pytest.raises(ValueError, match=r"'ours': no such file: .*fashion_mnist_28.npz; name the folder .* --data"):
+        study.run(away, tmp_path, data=tmp_path)
+    plant(tmp_path, planned, {"ours": [0.3]})
+    where = study.workdir(tmp_path, planned.trials[0], 0)
+    config = study.config_of(Trial("ours", "quickstart:decoupled,smoke", {"method.steps": 3}), 0)
+    (where / "config.json").write_text(json.dumps(summary.dumps_config(config)))
+    with pytest.raises(ValueError, match=r"another configuration \(method.steps: there 3, now 2\)"):
+        study.run(planned, tmp_path, only=("ours",))
+    with pytest.raises(ValueError, match="takes no argument, got 'x'"):
+        study.load("quickstart:x")
+    with pytest.raises(ValueError, match=r"DATA\[,NETWORK\]"):
+        study.load("diversity:nothing")
+
+
+def test_at_another_batch_size_as_many_images_are_seen():
+    """Two rules: the learning rate by the square root, the teacher's memory as long in images."""
+    of = evidence.asked("grocery", smoke=False)
+    small, whole = (study.config_of(of.at_batch("t", "decoupled", b), 0) for b in (32, 128))
+    assert whole == study.config_of(of.trial("t"), 0)
+    assert small.data.batch_size * small.method.steps == whole.data.batch_size * whole.method.steps
+    assert small.method.optim.options["peak_lr"] == pytest.approx(whole.method.optim.options["peak_lr"] / 2)
+    assert small.method.teacher.start**4 == pytest.approx(whole.method.teacher.start)
+    assert small.method.estimator == whole.method.estimator
+
+
 def test_unknown_names(planned, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"no trial 'our'.*did you mean 'ours'"):
         study.run(planned, tmp_path, only=("our",))
@@ -118,7 +190,7 @@ def test_unknown_names(planned, tmp_path, capsys):
     assert "quickstart" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_trial_of_an_installed_study_is_a_configuration(name):
     for smoke in (False, True):
         found = study.load(name, smoke)
@@ -126,15 +198,55 @@ def test_every_trial_of_an_installed_study_is_a_configuration(name):
             assert study.config_of(trial, found.seeds[0]).seed == found.seeds[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", STUDIES)
-def test_smoke(name, tmp_path):
-    """Every run of the smoke version ends, the table has no dash, and a second call trains nothing."""
+def test_studies_of_one_data_set_share_runs_and_mean_the_same_by_a_label():
+    """A run that two studies call alike is one configuration: else one would show the other's numbers as its own."""
+    folders: dict[str, dict[str, tuple[str, Config]]] = {}
+    shared = set()
+    for name in NAMES:
+        found = study.load(name)
+        for trial in found.trials if found.runs else ():
+            seen = folders.setdefault(found.runs, {})
+            other, config = seen.setdefault(trial.label, (name, study.config_of(trial, 0)))
+            assert config == study.config_of(trial, 0), (other, name, trial.label)
+            shared |= {(other, name)} if other != name else set()
+    assert {pair[1].partition(":")[0] for pair in shared} >= {"representation", "ablation", "sensitivity"}
+
+
+def run_smoke(name: str, runs: Path, page: Path, jobs: int) -> str:
+    """Every run of the smoke version ends, and a second call trains nothing. Returns the page."""
     found = study.load(name, smoke=True)
-    study.run(found, tmp_path / "runs", say=lambda text: None)
-    page = study.write(found, tmp_path / "runs", tmp_path / f"{name}.md", "x")[0].read_text()
-    assert "Not run" not in page
-    assert not [line for line in page.splitlines() if line.startswith("| k-NN") and "–" in line]
+    study.run(found, runs, jobs=jobs, say=lambda text: None)
+    written = study.write(found, runs, page, "x")[0].read_text()
+    assert "Not run" not in written
     said: list[str] = []
-    study.run(found, tmp_path / "runs", say=said.append)
+    study.run(found, runs, jobs=jobs, say=said.append)
     assert "0 to go" in said[0]
+    return written
+
+
+@pytest.fixture(scope="module")
+def smoke_runs(tmp_path_factory) -> Path:
+    """One folder for all of them: what two studies train alike is trained once."""
+    return tmp_path_factory.mktemp("studies")
+
+
+@pytest.mark.parametrize("name", PROTOTYPES)
+def test_smoke_of_a_study_of_prototypes(name, tmp_path, smoke_runs, monkeypatch):
+    """One trial of two steps at the smallest sizes, in this process and on one device: every row has its number,
+    measured ones included."""
+    make_mesh = parallel.make_mesh
+    one = jax.devices()[:1]
+    monkeypatch.setattr(parallel, "make_mesh", lambda data=-1, proto=1, devices=None: make_mesh(-1, 1, devices or one))
+    found = study.load(name, smoke=True)
+    page = run_smoke(name, smoke_runs / (found.runs or name), tmp_path / "page.md", jobs=0)
+    trials = [line for line in page.splitlines() if line.startswith(tuple(f"| {t.label} (" for t in found.trials))]
+    assert len(trials) == len(found.trials)
+    empty = {"long_tail": 4}.get(name, 0)  # four classes of sixteen images: all are tail, head and medium are empty
+    assert [line.count("–") for line in trials] == [empty] * len(trials), page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in STUDIES if name not in PROTOTYPES])
+def test_smoke(name, tmp_path):
+    page = run_smoke(name, tmp_path / "runs", tmp_path / "page.md", jobs=1)
+    assert not [line for line in page.splitlines() if line.startswith("| k-NN") and "–" in line]

@@ -21,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("by a run")
     run.add_argument("--split", default=None, help="default: all of a folder, else the training split")
     run.add_argument("--protocol", default="standard", help="resize, crop and checkpoint are taken from it")
-    run.add_argument("--step", type=int, default=None, help="checkpoint to load (default: the protocol's)")
+    run.add_argument("--step", default=None, help="checkpoint to load: a step, or best (default: the protocol's)")
     run.add_argument("--width", type=int, default=None, help="of an alignment run: a trained prefix")
     towers = parser.add_argument_group("by pretrained towers")
     towers.add_argument("--weights", type=Path, default=None, help="folder of CLIP or SigLIP: config.json, safetensors")
@@ -75,7 +75,7 @@ def _by_run(options: argparse.Namespace) -> int:
     running.prepare(loading.read_config(options.workdir))
     chosen = protocol.load(options.protocol)
     if options.step is not None:
-        chosen = dataclasses.replace(chosen, checkpoint=str(options.step))
+        chosen = dataclasses.replace(chosen, checkpoint=options.step)
     data = None if options.data is None else parse_data(options.data)
     split = options.split or (None if data is None else default_split(data))
     bank, spec, step = evaluating.features(options.workdir, chosen, data, split)

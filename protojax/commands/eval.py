@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", default=None, help=f"name or .json file (with --data default: {DEFAULT})")
     parser.add_argument("--data", default=None, help="SOURCE, SOURCE:key=value,... or a folder (default: the run's)")
     parser.add_argument("--bank", default=None, help="learn from this source, on the classes of both (transfer)")
-    parser.add_argument("--step", type=int, default=None, help="checkpoint to load (default: the newest)")
+    parser.add_argument("--step", default=None, help="checkpoint to load: a step, or best (default: the newest)")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--out", type=Path, default=None, help="write the record to this JSON file too")
 
@@ -28,11 +28,12 @@ def run(options: argparse.Namespace) -> int:
     """Print the numbers."""
     import jax
 
-    from protojax import loading, metrics, running
+    from protojax import loading, metrics, protocol, running
 
+    step = None if options.step is None else protocol.which(options.step)
     running.prepare(loading.read_config(options.workdir))
     if options.protocol is None and options.data is None and options.bank is None:
-        record = metrics.plain(loading.evaluate(options.workdir, options.step))
+        record = metrics.plain(loading.evaluate(options.workdir, step))
         text = json.dumps(record, indent=None if options.json else 1)
     else:
         record = metrics.plain(_by_protocol(options))
@@ -50,7 +51,7 @@ def _by_protocol(options: argparse.Namespace) -> dict[str, Any]:
 
     chosen = protocol.load(options.protocol or DEFAULT)
     if options.step is not None:
-        chosen = dataclasses.replace(chosen, checkpoint=str(options.step))
+        chosen = dataclasses.replace(chosen, checkpoint=options.step)
     data = None if options.data is None else parse_data(options.data)
     bank = None if options.bank is None else parse_data(options.bank)
     return evaluating.evaluate(options.workdir, chosen, data, bank)

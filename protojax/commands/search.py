@@ -50,7 +50,7 @@ def search(workdir: Path, query: str, width: int | None = None, top: int = 5, sp
         one = encode.encode_text([query], width)
     out = []
     for what, rows, names in (
-        ("captions", encode.encode_text(captions, width), captions),
+        ("captions", encode.encode_texts(gallery.texts, width), captions),
         ("images", encode.encode(images, width), [captions[r[0]] for r in gallery.caption]),
     ):
         scores = (rows @ one[0]).astype(np.float64)

@@ -10,8 +10,9 @@ HELP = "run arms x seeds of a study file and write its tables"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("study", help="a study file, or the name of an installed one (configs/studies)")
-    parser.add_argument("--workdir", type=Path, default=None, help="where the runs are (default: runs/studies/NAME)")
+    parser.add_argument("study", help="a study file or an installed one (configs/studies), as NAME[:ARGUMENT]")
+    parser.add_argument("--workdir", type=Path, default=None, help="where the runs are (default: below runs/studies)")
+    parser.add_argument("--data", type=Path, default=None, help="the folder of the archives that its configs name")
     parser.add_argument("--out", type=Path, default=None, help="results page (default: NAME.md in the workdir)")
     parser.add_argument("--only", default="", help="labels of trials, separated by commas")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
@@ -26,11 +27,12 @@ def run(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise ValueError(f"--jobs: expected at least 1, got {options.jobs}.")
     study = study_lib.load(options.study, options.smoke)
-    root = options.workdir or Path("runs/studies") / (study.name + ("-smoke" if options.smoke else ""))
+    root = options.workdir or Path("runs/studies") / ((study.runs or study.name) + ("-smoke" if options.smoke else ""))
     if not options.tables:
         only = tuple(label.strip() for label in options.only.split(",") if label.strip())
-        study_lib.run(study, root, only=only, jobs=options.jobs)
+        study_lib.run(study, root, only=only, jobs=options.jobs, data=options.data)
     command = f"protojax study {options.study}" + (" --smoke" if options.smoke else "")
+    command += "" if options.data is None else " --data=DIR"
     for path in study_lib.write(study, root, options.out or root / f"{study.name}.md", command):
         print(path)
     return 0

@@ -7,11 +7,14 @@ Array names, for a split called `train` (docs/data.md):
     train_labels [M]; train_coarse_labels [M], any train_<key>_labels [M]            optional
     class_names [C], coarse_names, <key>_names; or train_class_names of that split   optional
     <subset>_idx                                              optional: indices into train
+    train_<key> [M] integers                                  optional: what 'train[key<=15]' chooses rows by
     images, labels, <key>_labels                              without a prefix: an archive with one split, 'all'
 """
 
 from __future__ import annotations
 
+import operator
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +27,10 @@ from protojax.data.records import Records, from_arrays, image_shapes, make_recor
 from protojax.data.records import subset as take_subset
 
 SINGLE_SPLIT = "all"
+_WHERE = re.compile(r"(?P<split>[^\[\]]+)\[(?P<key>\w+)(?P<sign><=|>=|==|!=|<|>)(?P<value>-?\d+)\]")
+_SIGNS = {
+    "<=": operator.le, ">=": operator.ge, "==": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt,
+}  # fmt: skip
 
 
 def open_npz(
@@ -40,12 +47,19 @@ def open_npz(
     subset: take only the training images listed in `<subset>_idx`, and of every split only the classes that
     occur among those, relabelled 0, 1, ... in the same way in every split. JPEG images are decoded on first use
     and kept (`cache`); `on_corrupt` says whether a damaged one is skipped or fatal.
+    'SPLIT[key<=15]' (also >=, ==, !=, <, >) are the rows of SPLIT whose `SPLIT_key` is in that range, an array of one
+    integer an image: one split of a file becomes two that share their classes, as Omniglot by the hand that drew.
 
     Raises ValueError for a missing or unreadable file, split, index list or array of the wrong shape or dtype.
     """
     name = name or (Path(root).stem if isinstance(root, str | Path) else "npz")
     with _open_archive(root) as archive:
         splits = _splits(archive.files)
+        if where := _WHERE.fullmatch(split):
+            if subset is not None:
+                raise ValueError(f"{name}: a split with a condition ({split!r}) and a subset exclude one another")
+            whole = open_npz(root, where["split"], on_corrupt=on_corrupt, cache=cache, name=name)
+            return take_subset(whole, _where(archive, name, where, whole.size), f"{name}/{split}")
         if split not in splits:
             raise ValueError(f"{name} has no split {split!r}; it has: {', '.join(splits) or 'no images at all'}")
         records = _open_split(archive, f"{name}/{split}", split, on_corrupt, cache)
@@ -154,6 +168,22 @@ def _classes(
                 classes[key] = tuple(str(c) for c in _read(archive, candidate, name))
                 break
     return classes
+
+
+def _where(archive: np.lib.npyio.NpzFile, name: str, where: re.Match[str], size: int) -> np.ndarray:
+    """Rows of the split that fulfil its condition."""
+    key = f"{where['split']}_{where['key']}"
+    if key not in archive.files:
+        prefix = f"{where['split']}_"
+        known = [k.removeprefix(prefix) for k in archive.files if k.startswith(prefix)]
+        raise ValueError(f"{name} has no array {key!r} to choose rows by; it has: {', '.join(known)}")
+    values = _read(archive, key, name)
+    if values.shape != (size,) or not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{name}: {key!r} must hold one integer an image ({size}), got {values.dtype} {values.shape}")
+    rows = np.flatnonzero(_SIGNS[where["sign"]](values, int(where["value"])))
+    if not rows.size:
+        raise ValueError(f"{name}: no image fulfils {where[0]!r}; {key} goes from {values.min()} to {values.max()}")
+    return rows
 
 
 def _subset_classes(archive: np.lib.npyio.NpzFile, name: str, subset: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -22,21 +22,23 @@ class Texts(NamedTuple):
     """Captions of a split, each distinct one once, as a text tower sees them.
 
     captions: T strings. pooled: pool ('eos', 'mean', 'bos', 'unmasked_mean') -> float32 [T,D_text] of a frozen tower;
-    or
-    {} and token ids int32 [T,S] with mask [T,S] for a tower that is trained. causal: position 0 cannot see the caption.
-    empty [D_text]: what the tower says of an empty caption. fingerprint: of the tower or tokenizer. cut: captions that
-    were cut to the longest length. tokenizer: the JSON of the tokenizer that made the ids.
+    or {} and token ids int32 [T,S] for a tower that is trained. mask bool [T,S]: valid positions of ids or states.
+    states(rows) -> float32 [n,S,D_text]: what the frozen tower says at every position, before it is pooled (None: not
+    kept). causal: position 0 cannot see the caption. empty: pool -> [D_text], what the tower says of an empty caption.
+    fingerprint: of the tower or tokenizer. cut: captions that were cut to the longest length. tokenizer: the JSON of
+    the tokenizer that made the ids.
     """
 
     captions: tuple[str, ...]
     pooled: Mapping[str, np.ndarray]
     causal: bool
     fingerprint: str
-    empty: np.ndarray | None = None
+    empty: Mapping[str, np.ndarray] = {}
     ids: np.ndarray | None = None
     mask: np.ndarray | None = None
     cut: int = 0
     tokenizer: str | None = None
+    states: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 class Pairs(NamedTuple):
@@ -152,9 +154,37 @@ def warn_of_false_negatives(name: str, captions: Sequence[str]) -> None:
         )
 
 
+class _Table(NamedTuple):
+    """An entry of every caption: shape and dtype of one, and rows -> entries."""
+
+    shape: jax.ShapeDtypeStruct
+    read: Callable[[np.ndarray], np.ndarray]
+
+
+def text_tables(texts: Texts, pool: str) -> dict[str, _Table]:
+    """What a batch holds of captions: `text` (states pooled by `pool` [D_text]), `text_states` and `text_mask` (pool
+    'states': all positions [S,D_text], [S]), or `text_ids` and `text_mask` [S] where the tower is trained. Raises
+    ValueError where states are wanted and were not kept."""
+
+    def of(values: np.ndarray) -> _Table:
+        return _Table(jax.ShapeDtypeStruct(values.shape[1:], values.dtype), lambda rows: values[rows])
+
+    if not texts.pooled:
+        return {"text_ids": of(np.asarray(texts.ids)), "text_mask": of(np.asarray(texts.mask))}
+    if pool != "states":
+        return {"text": of(texts.pooled[pool])}
+    if texts.states is None:
+        raise ValueError(
+            f"the texts of tower {texts.fingerprint!r} are kept pooled: shared_resampler reads states at every "
+            "position (text_hidden and text_mask in an archive)"
+        )
+    one = texts.states(np.arange(1))
+    states = _Table(jax.ShapeDtypeStruct(one.shape[1:], one.dtype), texts.states)
+    return {"text_states": states, "text_mask": of(np.asarray(texts.mask))}
+
+
 def pair_records(pairs: Pairs, pool: str, *, expanded: bool) -> Records:
-    """Records of the pairs: image content, `text` (pooled states [D_text]) or `text_ids` and `text_mask` [S],
-    `caption_id` and `image_id`.
+    """Records of the pairs: image content, what `text_tables` gives of the captions, `caption_id` and `image_id`.
 
     expanded=False (training): one example an image; where images have up to C captions the text entries have a leading
     axis C (shorter lists repeat), from which the views draw one. expanded=True (evaluation): one example a caption.
@@ -169,17 +199,16 @@ def pair_records(pairs: Pairs, pool: str, *, expanded: bool) -> Records:
         image = np.arange(pairs.size)
         captions = np.stack([np.resize(rows, widest) for rows in pairs.caption]).astype(np.int32)
     several = captions.shape[1] > 1
-    tables = {"text": pairs.texts.pooled[pool]} if pairs.texts.pooled else {
-        "text_ids": np.asarray(pairs.texts.ids), "text_mask": np.asarray(pairs.texts.mask)
-    }  # fmt: skip
+    tables = text_tables(pairs.texts, pool)
     lead = (captions.shape[1],) if several else ()
-    shapes = dict(pairs.shapes) | {k: jax.ShapeDtypeStruct((*lead, *v.shape[1:]), v.dtype) for k, v in tables.items()}
+    shapes = dict(pairs.shapes)
+    shapes |= {k: jax.ShapeDtypeStruct((*lead, *v.shape.shape), v.shape.dtype) for k, v in tables.items()}
     shapes |= {"caption_id": jax.ShapeDtypeStruct(lead, np.int32), "image_id": jax.ShapeDtypeStruct((), np.int32)}
 
     def read(rows: np.ndarray) -> tuple[Content, np.ndarray]:
         content, good = pairs.read(image[rows])
         own = captions[rows] if several else captions[rows, 0]
-        texts = {name: table[own] for name, table in tables.items()}
+        texts = {k: v.read(own.ravel()).reshape(*own.shape, *v.shape.shape) for k, v in tables.items()}
         return {**content, **texts, "caption_id": own, "image_id": image[rows].astype(np.int32)}, good
 
     labels = {name: np.asarray(values)[image] for name, values in pairs.labels.items()}

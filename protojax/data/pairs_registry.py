@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from protojax.data.pairs import Pairs
+from protojax.data.pairs_nlvr import open_nlvr
 from protojax.data.pairs_npz import open_emoji, open_emoji_styles, open_grocery, open_pairs_npz
 from protojax.data.pairs_synthetic import open_synthetic_pairs
 from protojax.data.registry import _nearest
@@ -17,9 +18,15 @@ OPEN: Mapping[str, Callable[..., Pairs]] = {
     "emoji": open_emoji,
     "emoji_styles": open_emoji_styles,
     "grocery": open_grocery,
+    "nlvr": open_nlvr,
     "pairs_npz": open_pairs_npz,
 }
-NEEDS_ROOT = ("emoji_styles", "pairs_npz", "captions", "tar_shards")
+NEEDS_ROOT = ("emoji_styles", "nlvr", "pairs_npz", "captions", "tar_shards")
+# Splits beside those of training and test, for evaluations of their own.
+MORE_SPLITS: Mapping[str, tuple[str, ...]] = {
+    "grocery": ("classes", "class_names"),
+    "nlvr": ("dev_matching", "test_matching"),
+}
 
 
 def opener(name: str) -> tuple[Callable[..., Pairs], tuple[str, ...]]:

@@ -109,7 +109,8 @@ def _texts(words: np.ndarray, kind: Preset, ends: np.ndarray, seed: int, stream:
     sequence[np.arange(count), eos] = ends[1]
     mask = np.arange(kind.length)[None, :] <= eos[:, None]
     pooled = pool_states(causal_states(sequence), mask, eos)
-    return Texts(tuple(f"pair {i}" for i in range(count)), pooled, True, "synthetic-causal-48")
+    return Texts(tuple(f"pair {i}" for i in range(count)), pooled, True, "synthetic-causal-48", mask=mask,
+                 states=lambda rows: causal_states(sequence[rows]))  # fmt: skip
 
 
 def _shuffled(tokens: np.ndarray, seed: int, *stream: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from protojax.data.pairs import Texts
 
 WORD_WIDTH = 128
 LONGEST = 77
+HASHED = "hashed-"
 
 
 def normals(size: int, seed: int, *stream: int) -> np.ndarray:
@@ -86,9 +87,22 @@ def hashed_texts(captions: Sequence[str], *, longest: int = LONGEST) -> Texts:
     for first in range(0, len(words), 512):
         for pool, states in pool_states(*_states(words[first : first + 512], length)).items():
             parts.setdefault(pool, []).append(states)
-    pooled = {pool: np.concatenate(states) for pool, states in parts.items()}
-    empty = pool_states(*_states([[]], length))["mean"][0]
-    return Texts(captions, pooled, True, f"hashed-{WORD_WIDTH}-{longest}", empty=empty, cut=cut)
+    return Texts(
+        captions, {pool: np.concatenate(states) for pool, states in parts.items()}, True,
+        f"{HASHED}{WORD_WIDTH}-{longest}", cut=cut,
+        empty={pool: states[0] for pool, states in pool_states(*_states([[]], length)).items()},
+        mask=np.arange(length)[None, :] < np.asarray([len(w) + 2 for w in words])[:, None],
+        states=lambda rows: _states([words[i] for i in rows], length)[0],
+    )  # fmt: skip
+
+
+def longest_of(fingerprint: str) -> int:
+    """The longest caption of the hashed tower with this fingerprint. Raises ValueError for another tower's."""
+    if not fingerprint.startswith(f"{HASHED}{WORD_WIDTH}-"):
+        raise ValueError(
+            f"texts of the tower {fingerprint!r}, which is not in the package: give its states to `encode_states`"
+        )
+    return int(fingerprint.rsplit("-", 1)[-1])
 
 
 def _states(words: Sequence[Sequence[str]], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,10 +40,22 @@ class Features(NamedTuple):
     mode: np.ndarray | None = None
 
 
+class Tower(NamedTuple):
+    """A frozen image tower that runs in the step. variables: its weights; side: S of the pictures that it reads.
+
+    features(variables, key, images uint8 [B,S,S,3]) -> unit float32 [B,D]; key: of random views, where there are any.
+    """
+
+    variables: Any
+    side: int
+    features: Callable[[Any, Any, Any], Any]
+
+
 class FeatureCache(NamedTuple):
     """splits by name; base float32 [C,D] or None; class_names [C]; levels: name -> coarser class of each class.
 
-    For reports alone: pictures(split, rows) -> uint8 [n,h,w,3]; descriptions [C]; mode_names: of each class's modes."""
+    For reports: pictures(split, rows) -> uint8 [n,h,w,3]; descriptions [C]; mode_names: of each class's modes. tower:
+    what reads these pictures in the step (None: features are looked up)."""
 
     name: str
     splits: Mapping[str, Features]
@@ -55,6 +67,7 @@ class FeatureCache(NamedTuple):
     pictures: Callable[[str, np.ndarray], np.ndarray] | None = None
     descriptions: tuple[str, ...] = ()
     mode_names: tuple[tuple[str, ...], ...] = ()
+    tower: Tower | None = None
 
     def split(self, name: str) -> Features:
         """One split. Raises ValueError with the known ones."""

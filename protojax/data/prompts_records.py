@@ -1,4 +1,5 @@
-"""Frozen features as records: a batch holds row numbers and labels; the features themselves stay on the device."""
+"""Frozen features as records: a batch holds row numbers and labels; the features themselves stay on the device. Where
+a tower runs in the step, it holds pictures too."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from protojax.data.prompts_cache import FeatureCache
-from protojax.data.records import Content, Records, make_records
+from protojax.data.records import Content, Records, image_shapes, make_records
 
 
 class Table(NamedTuple):
@@ -28,14 +29,24 @@ def feature_table(cache: FeatureCache, splits: Sequence[str]) -> Table:
     return Table(np.concatenate([cache.split(name).image for name in first]), first)
 
 
-def feature_records(cache: FeatureCache, split: str, first: int) -> Records:
-    """One split as records: content 'row' int32, the number of the feature in the table; label key 'label'."""
+def feature_records(cache: FeatureCache, split: str, first: int, pictured: np.ndarray | None = None) -> Records:
+    """One split as records: content 'row' int32, the number of the feature in the table; label key 'label'.
+
+    pictured: where the cache has a tower, the numbers by which `cache.pictures` knows these rows; content then has
+    'image' uint8 [S,S,3] too."""
     label = cache.split(split).label
+    shapes = {"row": jax.ShapeDtypeStruct((), np.int32)}
+    shown = None
+    if pictured is not None and cache.tower is not None:
+        shapes |= image_shapes(cache.tower.side, cache.tower.side)
+        shown = cache.pictures
 
     def read(rows: np.ndarray) -> tuple[Content, np.ndarray]:
-        return {"row": (rows + first).astype(np.int32)}, np.ones(len(rows), bool)
+        content = {"row": (rows + first).astype(np.int32)}
+        if shown is not None and pictured is not None:
+            content["image"] = shown(split, pictured[rows])
+        return content, np.ones(len(rows), bool)
 
-    shapes = {"row": jax.ShapeDtypeStruct((), np.int32)}
     return make_records(
         f"{cache.name}/{split}", len(label), shapes, read, {"label": label.astype(np.int64)},
         {"label": cache.class_names},

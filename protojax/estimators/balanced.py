@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from protojax.api import Array, Estimator, EstimatorSpec, Key, Metrics, PyTree
-from protojax.estimators import common, seeding, spherical
+from protojax.api import OFF, Array, Codebook, Estimator, EstimatorSpec, Key, Metrics, PyTree
+from protojax.estimators import common, restructure, seeding, spherical
 from protojax.ops.unit import unit
 from protojax.schedules import Schedule, ScheduleSpec, check_choice, make_schedule
+
+# With every=0: sweeps over the memory while a row stays in it.
+SWEEPS = 8
 
 
 class _Options(NamedTuple):
@@ -30,6 +33,12 @@ class _Options(NamedTuple):
     iterations: int
     every: int
     exponent: float
+    estimated: bool
+    prior_floor: float
+    split_merge: int
+    merge_within: float
+    adapt: int
+    restructure_from: float
     center: bool
     center_rate: float
     usage_rate: float
@@ -47,7 +56,13 @@ def balanced(
     rate: ScheduleSpec = 0.2,
     iterations: int = 3,
     every: int = 1,
+    prior: str = "power",
     prior_exponent: float = 0.0,
+    prior_floor: float = 0.25,
+    split_merge: int = 0,
+    merge_within: float = 0.025,
+    adapt: int = 0,
+    restructure_from: float = 0.2,
     center: bool = True,
     center_rate: float = 0.01,
     usage_rate: float = 0.01,
@@ -74,15 +89,29 @@ def balanced(
       temperature: entropy of the plan, in units of cosine. Blunt plans (0.05) blur the means together; 0.01 kept 90% of
         components apart in trials. A schedule may anneal it.
       rate: how far means go to their evidence; the encoder drifts, so the old is forgotten in 1 / rate sweeps.
-      every: sweep the memory every so many steps; its cost is M K D a sweep, whatever the batch.
-      prior_exponent: prior_k proportional to (k + 1)^-prior_exponent: 0 is uniform; long-tailed data may want more.
+      every: sweep the memory every so many steps; a sweep costs M K D, whatever the batch. 0: every max(1, M / (8 N))
+        steps, so that a row is swept over about eight times while it is in the memory: with M = 2 K the cost of a step
+        then grows with K, not with its square, and does not depend on how the same images are cut into batches.
+      prior: 'power': prior_k proportional to (k + 1)^-prior_exponent, 0 is uniform. Equal shares cut the classes of the
+        head into many pieces and press those of the tail into one component with others; a power law gives components
+        of every size, whatever the data's own law. 'estimated': the data's: prior_k is the running mean (rate
+        `usage_rate`) of sum_i softmax_k(x_i . unit(mu_k) / temperature) / N, without potentials, but never below
+        prior_floor / K before it is normalised: without a floor it is the plain mixture again, whose weak die.
+      split_merge: components a sweep, at most, that repeat another one (within cosine distance `merge_within`) and
+        become badly explained rows of the memory instead. Balance keeps all components alive, not distinct: two may
+        share one place between them. `restructure.split_and_merge` has the rule.
+      adapt: components a sweep, at most, that are switched off, and as many on, so that K is what the memory gives
+        evidence for, `components` at most ("how many prototypes do I need?"): `restructure.adapt` has the rule, a BIC.
+        More memory can justify more components. Only with equal masses, and not beside split_merge.
+      restructure_from: fraction of the run before which neither acts: annealing begins with all components together.
       start: 'kmeans++' or 'sample' on M teacher rows, which also fill the memory; 'random': directions, empty memory.
       start_sweeps: EM sweeps (rate 1, the first temperature) over these rows before the first step. Seeds are single
         rows; after a few sweeps a mean is the mean of what it answers for, which is where an annealed run begins.
 
     State: components {mean [K,D], potential [K] (temperature * f: comparable while the temperature anneals),
-    log_prior [K], usage [K]}; memory {features [M,D] as read, written [M] (step, -1 empty)}; shared {center, cursor,
-    temperature, updates, total_steps}. Raises ValueError or TypeError for any option out of range.
+    log_prior [K], usage [K]; mass [K] with the estimated prior, active bool [K] with adapt}; memory {features [M,D]
+    as read, written [M] (step, -1 empty)}; shared {center, cursor, temperature, updates, total_steps}. Raises
+    ValueError or TypeError for any option out of range.
     """
     count = common.check_count("balanced, components", components)
     size = 2 * count if memory is None else common.check_count("balanced, memory", memory)
@@ -98,8 +127,14 @@ def balanced(
         temperature=make_schedule(temperature, what="balanced, temperature"),
         rate=make_schedule(rate, what="balanced, rate"),
         iterations=common.check_count("balanced, iterations", iterations),
-        every=common.check_count("balanced, every", every),
+        every=common.check_count("balanced, every", every, 0),
         exponent=_exponent(prior_exponent),
+        estimated=check_choice("balanced, prior", prior, ("power", "estimated")) == "estimated",
+        prior_floor=common.check_share("balanced, prior_floor", prior_floor),
+        split_merge=common.check_count("balanced, split_merge", split_merge, 0),
+        merge_within=common.check_share("balanced, merge_within", merge_within),
+        adapt=common.check_count("balanced, adapt", adapt, 0),
+        restructure_from=common.check_share("balanced, restructure_from", restructure_from, zero=True),
         center=bool(center),
         center_rate=common.check_share("balanced, center_rate", center_rate),
         usage_rate=common.check_share("balanced, usage_rate", usage_rate),
@@ -107,6 +142,10 @@ def balanced(
         start_sweeps=common.check_count("balanced, start_sweeps", start_sweeps, 0),
         engine=engine,
     )
+    if options.estimated and options.exponent:
+        raise ValueError(f"balanced: prior='estimated' takes no prior_exponent, got {options.exponent}.")
+    if options.adapt and (options.estimated or options.exponent or options.split_merge):
+        raise ValueError("balanced: adapt needs equal masses and no split_merge; leave prior and split_merge out.")
     return _build(options)
 
 
@@ -124,7 +163,13 @@ def _build(options: _Options) -> Estimator:
         moments, lse = options.engine.accumulate(queries, prototypes, bias, centered, mask, second="none")
         logits = jnp.sum(moments.first * prototypes) / S["shared"]["temperature"] + jnp.sum(moments.count * bias)
         plain = common.row_statistics(features, mask)
-        return {**plain, "count": moments.count, "entropy": jnp.sum(jnp.where(mask, lse, 0.0)) - logits}
+        stats = {**plain, "count": moments.count, "entropy": jnp.sum(jnp.where(mask, lse, 0.0)) - logits}
+        if options.estimated:
+            free, _ = options.engine.accumulate(
+                queries, prototypes, jnp.zeros_like(bias), centered, mask, second="none"
+            )
+            stats["free"] = free.count
+        return stats
 
     def update(S: PyTree, stats: PyTree, rows: Mapping[str, Array], step: Array, key: Key) -> tuple[PyTree, Metrics]:
         features, mask = common.read_rows(rows, options.reading)
@@ -132,21 +177,28 @@ def _build(options: _Options) -> Estimator:
         temperature, rate = options.temperature(common.fraction(S, step)), options.rate(common.fraction(S, step))
         new = remember(S, features, mask, step)
         new = {**new, "shared": {**new["shared"], "temperature": temperature}}
-        if options.every == 1:
-            new, error = _sweep(new, rate, options)
+        if options.estimated:
+            new = {**new, "components": _with_estimated_prior(new["components"], stats, options)}
+        late = common.fraction(S, step) >= options.restructure_from
+        every = options.every or max(1, options.memory // (SWEEPS * features.shape[0]))
+        if every == 1:
+            new, swept = _sweep(new, rate, options, late, key)
         else:
-            error_zero = jnp.zeros((), features.dtype)
-            new, error = jax.lax.cond(
-                jnp.asarray(step) % options.every == 0,
-                lambda s: _sweep(s, rate, options),
-                lambda s: (s, error_zero),
+            nothing = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype),
+                jax.eval_shape(lambda s: _sweep(s, rate, options, late, key)[1], new),
+            )
+            new, swept = jax.lax.cond(
+                jnp.asarray(step) % every == 0,
+                lambda s: _sweep(s, rate, options, late, key),
+                lambda s: (s, nothing),
                 new,
             )
         new = spherical.follow(new, stats, options.usage_rate, options.center_rate if options.center else None)
         held = jnp.mean((new["memory"]["written"] >= 0).astype(features.dtype))
         info: dict[str, Any] = {
             **common.row_info(stats),
-            **common.usage_info(stats["count"], new["components"]["usage"], count),
+            **common.usage_info(stats["count"], new["components"]["usage"], count, new["components"].get("active")),
             "conditional_entropy": (jnp.maximum(stats["entropy"], 0.0), count),
             "max_responsibility": common.max_responsibility(
                 lambda x: _scores(S, x), spherical.centered(S, features), mask
@@ -155,7 +207,7 @@ def _build(options: _Options) -> Estimator:
             "temperature": temperature,
             "rate": rate,
         }
-        info["balance_error"] = error if options.every == 1 else (error, (jnp.asarray(step) % options.every == 0))
+        info |= {k: v if every == 1 else (v, jnp.asarray(step) % every == 0) for k, v in swept.items()}
         return common.keep_if_empty(count, new, S), common.report(info, count)
 
     def start(S: PyTree, rows: Mapping[str, Array], key: Key) -> PyTree:
@@ -176,7 +228,7 @@ def _build(options: _Options) -> Estimator:
         lambda key, spec: _initial(key, spec, options),
         statistics,
         update,
-        spherical.codebooks,
+        _codebooks if options.adapt else spherical.codebooks,
         common.no_head,
         options.memory if data else 0,
         start if data else common.no_start,
@@ -187,12 +239,15 @@ def _initial(key: Key, spec: EstimatorSpec, options: _Options) -> PyTree:
     dtype = common.float_dtype()
     zero = jnp.zeros((), dtype)
     prior = jax.nn.log_softmax(-options.exponent * jnp.log(jnp.arange(1, options.components + 1).astype(dtype)))
+    more = {"mass": jnp.exp(prior)} if options.estimated else {}
+    more |= {"active": jnp.ones((options.components,), bool)} if options.adapt else {}
     return {
         "components": {
             "mean": common.random_directions(key, options.components, spec.dim),
             "potential": jnp.zeros((options.components,), dtype),
             "log_prior": prior,
             "usage": jnp.exp(prior),
+            **more,
         },
         "memory": empty_memory(options.memory, spec.dim),
         "shared": {
@@ -231,8 +286,26 @@ def _scores(S: PyTree, centered: Array) -> tuple[Array, Array, Array]:
     return centered / temperature, unit(S["components"]["mean"]), S["components"]["potential"] / temperature
 
 
-def _sweep(S: PyTree, rate: Array, options: _Options) -> tuple[PyTree, Array]:
-    """(state after one balanced E- and M-step over the memory, total-variation distance of its usage to the prior)."""
+def _with_estimated_prior(components: PyTree, stats: PyTree, options: _Options) -> PyTree:
+    """Components whose prior follows the mass that they would have without potentials."""
+    share = stats["free"] / jnp.maximum(stats["rows"], 1.0)
+    mass = components["mass"] + options.usage_rate * (share - components["mass"])
+    raised = jnp.maximum(mass, options.prior_floor / options.components)
+    return {**components, "mass": mass, "log_prior": jnp.log(raised / jnp.sum(raised))}
+
+
+def _codebooks(S: PyTree, head: PyTree) -> tuple[Codebook, Codebook]:
+    """Those of `spherical`, without the components that are off."""
+    book, _ = spherical.codebooks(S, head)
+    off = jnp.full((), OFF, book.bias.dtype)
+    return common.fixed_codebooks(book.prototypes, jnp.where(S["components"]["active"], book.bias, off))
+
+
+def _sweep(
+    S: PyTree, rate: Array, options: _Options, late: Array | None = None, key: Key | None = None
+) -> tuple[PyTree, dict[str, Array]]:
+    """(state after one balanced E- and M-step over the memory; 'balance_error', the total-variation distance of its
+    usage to the prior, and what the restructuring did). late: whether components may be restructured; None: never."""
     components, temperature = S["components"], S["shared"]["temperature"]
     valid = S["memory"]["written"] >= 0
     features = spherical.centered(S, S["memory"]["features"])
@@ -258,4 +331,25 @@ def _sweep(S: PyTree, rate: Array, options: _Options) -> tuple[PyTree, Array]:
         "potential": potentials * temperature,
     }
     usage = moments.count / jnp.maximum(number, 1.0)
-    return {**S, "components": new}, 0.5 * jnp.sum(jnp.abs(usage - jnp.exp(log_prior)))
+    info = {"balance_error": 0.5 * jnp.sum(jnp.abs(usage - jnp.exp(log_prior)))}
+    if late is not None and (options.split_merge or options.adapt):
+        new, done = _restructured(new, moments, restructure.Memory(features, valid), late, key, options)
+        info |= done
+    return {**S, "components": new}, info
+
+
+def _restructured(
+    components: PyTree, moments: Any, rows: restructure.Memory, late: Array, key: Key | None, options: _Options
+) -> tuple[PyTree, dict[str, Array]]:
+    """(components, counts of what was done), as they are before `late`."""
+    assert key is not None
+
+    def moved(components: PyTree) -> tuple[PyTree, dict[str, Array]]:
+        if options.adapt:
+            return restructure.adapt(components, moments.count, moments.first, rows, key, options.adapt)
+        new, number = restructure.split_and_merge(components, rows, key, options.split_merge, options.merge_within)
+        return new, {"moved": number}
+
+    names = ("merged", "born") if options.adapt else ("moved",)
+    zero = jnp.zeros((), rows.x.dtype)
+    return jax.lax.cond(late, moved, lambda same: (same, dict.fromkeys(names, zero)), components)

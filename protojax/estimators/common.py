@@ -113,8 +113,14 @@ def shared_start(spec: EstimatorSpec) -> dict[str, Array]:
 # -------------------------------------------------------------------------------------------------- reports
 def describe(S: PyTree) -> dict[str, Array]:
     """What evaluations may know about any estimator of this package: 'usage' [K] (its own, EMA of the mean
-    responsibility) and 'center' [D] (mean feature that it subtracts), where it has them."""
-    found = {"usage": S["components"].get("usage"), "center": S["shared"].get("center")}
+    responsibility), 'center' [D] (mean feature that it subtracts) and 'active' bool [K] (prototypes that are not
+    switched off), where it has them."""
+    components = S["components"]
+    found = {
+        "usage": components.get("usage"),
+        "center": S["shared"].get("center"),
+        "active": components.get("active"),
+    }
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -146,10 +152,14 @@ def row_info(stats: Mapping[str, Array], center: Array | None = None) -> dict[st
     return {"common_direction": jnp.sum(mean * mean) / jnp.maximum(energy, jnp.finfo(mean.dtype).tiny)}
 
 
-def usage_info(counts: Array, usage: Array, rows: Array) -> dict[str, Array]:
+def usage_info(counts: Array, usage: Array, rows: Array, active: Array | None = None) -> dict[str, Array]:
     """Marginal usage of this batch and of the past: perplexities, and the share of components whose usage is below
-    1 / (10 K)."""
+    1 / (10 K). active bool [K]: those that are on, of which K then is the number."""
     batch = counts / jnp.maximum(jnp.sum(counts), jnp.finfo(counts.dtype).tiny)
+    if active is not None:
+        number = jnp.maximum(jnp.sum(active.astype(usage.dtype)), 1.0)
+        idle = jnp.sum((active & (usage < 0.1 / number)).astype(usage.dtype)) / number
+        return {**usage_info(counts, usage, rows), "dead_share": idle, "active": number}
     dead = usage < 0.1 / usage.shape[0]
     return {
         "batch_perplexity": perplexity(batch),

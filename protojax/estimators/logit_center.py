@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from protojax.api import Array, Codebook, Estimator, EstimatorSpec, Key, Metrics, PyTree
+from protojax.api import OFF, Array, Codebook, Estimator, EstimatorSpec, Key, Metrics, PyTree
 from protojax.estimators import common
 
 
@@ -43,6 +43,7 @@ def with_logit_center(estimator: Estimator, momentum: float = 0.9, *, features: 
     def codebooks(S: PyTree, head: PyTree) -> tuple[Codebook, Codebook]:
         target, prediction = estimator.codebooks(S, head)
         bias = -(target.prototypes @ S["shared"]["logit_mean"].astype(target.prototypes.dtype))
+        bias = jnp.where(target.bias > 0.5 * OFF, bias, target.bias)  # what is switched off stays so
         return Codebook(target.prototypes, jax.lax.stop_gradient(bias)), prediction
 
     def start(S: PyTree, rows: Mapping[str, Array], key: Key) -> PyTree:

@@ -49,8 +49,8 @@ def constant_side(history: History, t: Thresholds) -> Seen:
 
 
 def chance_retrieval(history: History, t: Thresholds) -> Seen:
-    """|R@k - chance| below the larger of `images` / G and `deviations` standard deviations of a mean over G queries,
-    sqrt(chance (1 - chance) / G), for every k in both directions, after initialisation and warm-up."""
+    """|R@k - chance| below the larger of `images` / G and `deviations` standard deviations of a mean over Q queries,
+    sqrt(chance (1 - chance) / Q), for every k in both directions, after initialisation and warm-up."""
     seen = []
     widths = _eval_widths(history)
     if not widths:
@@ -58,11 +58,13 @@ def chance_retrieval(history: History, t: Thresholds) -> Seen:
     full = widths[-1]
     for side in ("i2t", "t2i"):
         gallery = history.last(f"alignment/{side}/{full}/gallery")
+        queries = history.last(f"alignment/{side}/{full}/queries") or gallery
         for name in history.names(f"alignment/{side}/{full}/recall/"):
             points, chance = history.finite(name), history.last(name.replace("/recall/", "/chance/"))
             if len(points) < 2 or points[-1].step <= history.warmup_steps or chance is None or not gallery:
                 return None
-            error = math.sqrt(max(chance * (1.0 - chance), 0.0) / gallery)
+            assert queries is not None
+            error = math.sqrt(max(chance * (1.0 - chance), 0.0) / queries)
             if abs(points[-1].value - chance) >= max(t["images"] / gallery, t["deviations"] * error):
                 return None
             seen.append((points[-1].value, chance, gallery))

@@ -2,7 +2,7 @@
 
 Each `run` returns its own top-level keys in the shape of `summary.json`, so that the results of several evaluations
 can be put into one record: `knn`, `groups` and `groups_macro`; `prototypes` and `controls`; `effective_rank` and
-`rank`; `clustering`. What can be wrong with labels, splits and k is found when an evaluation is built.
+`rank`; `clustering`; `attainable`. What can be wrong with labels, splits and k is found when an evaluation is built.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from protojax.api import Evaluation, FeatureBank, Key, Probe, SourceSpec
 from protojax.evals import audit as audit_lib
 from protojax.evals.asked import Groups, check_groups, class_count, class_counts, in_order, some_labels, split_spec
+from protojax.evals.attainable import attainable
 from protojax.evals.clustering import clustering_scores
 from protojax.evals.geometry import alignment, lidar, uniformity
 from protojax.evals.knn import DEFAULT_KS, accuracy_by_group, check_ks, knn_accuracy
@@ -87,8 +88,9 @@ def audit_evaluation(
     Returns {'prototypes': the audit, 'controls': {'random_unique', and of the same audit right after initialisation
     'initial_unique', 'initial_live', 'initial_live_unique', 'initial_perplexity', 'initial_coverage'}}. Of
     `probe.info` it takes 'center' [D] (what the estimator subtracts from features) and 'usage' [K] (the estimator's
-    own usage, shown as prototypes.estimator, never instead of the measured one). reading: how the estimator reads
-    features before it subtracts its centre, 'raw' or 'unit' (normalised first).
+    own usage, shown as prototypes.estimator, never instead of the measured one), and 'active' [K] where the data decide
+    the number of prototypes: 'prototypes' then has 'active', how many are on, and 'slots', how many could be. reading:
+    how the estimator reads features before it subtracts its centre, 'raw' or 'unit' (normalised first).
 
     Raises ValueError for another reading; `run` does when the probe has no codebook.
     """
@@ -104,6 +106,9 @@ def audit_evaluation(
             epsilons=epsilons,
             seed=seed,
         )
+        active = probe.info.get("active")
+        if active is not None:  # the codebook of a probe holds these alone
+            result |= {"active": int(np.sum(active)), "slots": len(active)}
         own = _optional(probe.info, "usage")
         if own is not None:
             result["estimator"] = {
@@ -155,6 +160,30 @@ def clustering_evaluation(
         rows, center = _estimator_rows(bank, reading), _optional(probe.info, "center")
         nearest = audit_lib.usage(np.asarray(probe.codebook.prototypes), rows, center=center).nearest
         return {"clustering": {label: clustering_scores(bank.labels[label], nearest) for label in label_keys}}
+
+    return Evaluation(name, run)
+
+
+def attainable_evaluation(
+    *,
+    split: str = "bank",
+    reading: str = "raw",
+    iterations: int = 50,
+    seed: int = 0,
+    name: str = "attainable",
+) -> Evaluation:
+    """What live-unique counts could be on these features: {name: `attainable.attainable`} for as many centres as there
+    are prototypes, on the rows that the audit reads (reading and centre as in `audit_evaluation`).
+
+    Raises ValueError for another reading; `run` does when the probe has no codebook."""
+    _check_reading(reading, name)
+
+    def run(probe: Probe, key: Key) -> dict[str, Any]:
+        if probe.codebook is None:
+            raise ValueError(f"evaluation {name!r} needs prototypes, but this checkpoint has no codebook.")
+        rows, center = _estimator_rows(in_order(probe.bank(split)), reading), _optional(probe.info, "center")
+        rows = rows if center is None else (rows - center[None, :]).astype(np.float32)
+        return {name: attainable(rows, len(probe.codebook.prototypes), seed=seed, iterations=iterations)}
 
     return Evaluation(name, run)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from protojax.evals.retrieval import Best, best_positive, expected_rank, expected_recall
 
@@ -36,10 +38,21 @@ def one_direction(
     constant side gives chance exactly: 1 - C(G - n, k) / C(G, k) for n positives, k / G for one. k above G is taken as
     G. Raises ValueError for other shapes, rows that are not finite, or when no query has a positive.
     """
-    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
-        raise ValueError(f"queries and gallery must be rows of one width, got {queries.shape} and {gallery.shape}")
     if query_id.shape != queries.shape[:1] or gallery_id.shape != gallery.shape[:1]:
         raise ValueError(f"ids must be one a row, got {query_id.shape} and {gallery_id.shape}")
+    return _direction(queries, gallery, lambda rows: query_id[rows, None] == gallery_id[None, :], ks, block)
+
+
+def _direction(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    positives: Callable[[slice], np.ndarray],
+    ks: Sequence[int],
+    block: int = 1024,
+) -> dict[str, Any]:
+    """`one_direction` with positives(rows) -> bool [rows,G]: which of the gallery belong to these queries."""
+    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+        raise ValueError(f"queries and gallery must be rows of one width, got {queries.shape} and {gallery.shape}")
     if not (np.isfinite(queries).all() and np.isfinite(gallery).all()):
         raise ValueError("embeddings must be finite; a row holds NaN or infinity")
     size = len(gallery)
@@ -48,7 +61,7 @@ def one_direction(
     chance: dict[int, list[np.ndarray]] = {k: [] for k in ks}
     for first in range(0, len(queries), block):
         rows = slice(first, first + block)
-        positive = query_id[rows, None] == gallery_id[None, :]
+        positive = positives(rows)
         best = best_positive(queries[rows] @ gallery.T, positive, TIE)
         count = positive.sum(axis=1)
         level = Best(np.zeros_like(count), np.full_like(count, size), count)
@@ -72,6 +85,16 @@ def one_direction(
     }
 
 
+def _distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(first row of every distinct id, number of every row's id)."""
+    _, first, number = np.unique(np.asarray(ids), return_index=True, return_inverse=True)
+    return first, number
+
+
+def _linked(table: csr_array, rows: slice) -> np.ndarray:
+    return table[rows].toarray()
+
+
 def pair_retrieval(
     image: np.ndarray,
     text: np.ndarray,
@@ -83,20 +106,20 @@ def pair_retrieval(
 ) -> dict[str, Any]:
     """Both directions at every prefix width of image and text embeddings [M,D] of the same pairs.
 
-    caption_id [M]: rows of equal id are positives of each other. image_id [M]: where an image stands in several rows,
-    one a caption, the gallery of images holds it once and its own captions are its positives (None: every row an
-    image).
+    caption_id [M]: pairs of equal id share a caption, which stands once in the gallery of texts and has all their
+    images as positives. image_id [M]: where an image stands in several pairs, one a caption, the gallery of images
+    holds it once and all its captions are its positives (None: every row an image).
     {'i2t': {str(d): as `one_direction`}, 't2i': the same, 'r1', 'r5', 'r10': {str(d): mean of both directions},
     'chance': {str(k): mean of both}, 'retention': {str(d): r1(d) / r1(D)}, 'retention_r10'}.
     """
-    several = image_id is not None and len(np.unique(image_id)) < len(image_id)
-    keep = np.unique(image_id, return_index=True)[1] if several and image_id is not None else np.arange(len(image))
-    ids = np.asarray(image_id if several else caption_id)
+    first_image, own_image = _distinct(np.arange(len(image)) if image_id is None else image_id)
+    first_text, own_text = _distinct(caption_id)
+    links = csr_array((np.ones(len(image), bool), (own_image, own_text)), (len(first_image), len(first_text)))
     out: dict[str, Any] = {"i2t": {}, "t2i": {}}
     for width in widths:
-        images, texts = prefix_units(image[keep], width), prefix_units(text, width)
-        out["i2t"][str(width)] = one_direction(images, texts, ids[keep], ids, ks=ks)
-        out["t2i"][str(width)] = one_direction(texts, images, ids, ids[keep], ks=ks)
+        images, texts = prefix_units(image[first_image], width), prefix_units(text[first_text], width)
+        for name, queries, gallery, table in (("i2t", images, texts, links), ("t2i", texts, images, links.T.tocsr())):
+            out[name][str(width)] = _direction(queries, gallery, partial(_linked, table), ks)
     both = lambda d, what, k: 0.5 * (out["i2t"][d][what][k] + out["t2i"][d][what][k])  # noqa: E731
     names = [str(width) for width in widths]
     for k in ks:

@@ -111,6 +111,10 @@ def _prototypes(setting: Setting, *, epsilons: Sequence[float] = EPSILONS) -> Ev
     return ours.audit_evaluation(seed=setting.seed, reading=setting.reading, epsilons=epsilons)
 
 
+def _attainable(setting: Setting, *, iterations: int = 50) -> Evaluation:
+    return ours.attainable_evaluation(seed=setting.seed, reading=setting.reading, iterations=iterations)
+
+
 def _rank(setting: Setting) -> Evaluation:
     return ours.rank_evaluation()
 
@@ -130,11 +134,12 @@ EVALUATIONS: Mapping[str, Callable[..., Evaluation]] = {
     "kmeans": _kmeans,
     "calibration": _calibration,
     "prototypes": _prototypes,
+    "attainable": _attainable,
     "rank": _rank,
     "geometry": _geometry,
 }
-NEEDS_LABELS = frozenset(EVALUATIONS) - {"prototypes", "rank", "geometry"}
-NEEDS_CODEBOOK = frozenset({"prototypes", "clustering"})
+NEEDS_LABELS = frozenset(EVALUATIONS) - {"prototypes", "attainable", "rank", "geometry"}
+NEEDS_CODEBOOK = frozenset({"prototypes", "attainable", "clustering"})
 
 
 def resolved(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

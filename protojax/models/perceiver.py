@@ -3,7 +3,7 @@ Flamingo's resampler, Alayrac et al. 2022, keys and values from the tokens alone
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from protojax.api import Array
-from protojax.models.attention_pool import masked_softmax
+from protojax.models.attention_pool import entropy_ratio, masked_softmax
 from protojax.models.layers import LayerNorm, compute_dtype, full_dtype
 
 EPSILON = 1e-6
@@ -74,8 +74,16 @@ class _Layer(nnx.Module):
         self.ffn = FeedForward(width, dtype=dtype, rngs=rngs)
 
 
+class Attention(NamedTuple):
+    """Where latents look. map [B,L,N]: weights of the last layer, mean over heads. entropy [B]: of every head of every
+    layer over ln(valid tokens), mean; 1 is flat."""
+
+    map: Array
+    entropy: Array
+
+
 class Resampler(nnx.Module):
-    """tokens [B,N,D_in], mask [B,N] -> (latents [B,L,W] float32, attention maps or None).
+    """tokens [B,N,D_in], mask [B,N] -> (latents [B,L,W] float32, where they look or None).
 
         x = tokens W_p + b_p;  z = latents
         z <- z + Attn(q = LN_q(z), kv = LN_kv(x));  [z <- z + Attn(LN(z), LN(z))];  z <- z + FFN(LN(z))   `depth` times
@@ -84,7 +92,8 @@ class Resampler(nnx.Module):
     x is projected and standardised once: LN_kv's gain and bias of each layer are folded into its key and value kernels,
     so that keys and values of all layers are one product. Query, key and value kernels have no bias. Masked tokens
     get no weight and may hold anything; latents start at N(0, latent_init_std^2). shared_norm: LN_q and LN_kv of a
-    layer are one norm. maps=True also returns the cross-attention weights, mean over heads, [B,depth,L,N].
+    layer are one norm. maps=True also returns `Attention`. project: another input projection than W_p, for tokens of
+    another kind [B,N,D_other] that the same latents and layers read.
 
     Raises ValueError when heads do not divide the width or a size is not positive.
     """
@@ -126,28 +135,32 @@ class Resampler(nnx.Module):
             setattr(self, f"layer{i}", _Layer(width, heads, self_attention, shared_norm, dtype=dtype, rngs=rngs))
         self.norm = LayerNorm(width, epsilon=EPSILON, dtype=dtype, rngs=rngs)
 
-    def __call__(self, tokens: Array, mask: Array | None = None, *, maps: bool = False) -> tuple[Array, Array | None]:
+    def __call__(
+        self, tokens: Array, mask: Array | None = None, *, maps: bool = False, project: nnx.Linear | None = None
+    ) -> tuple[Array, Attention | None]:
         if mask is not None:
             tokens = jnp.where(mask[:, :, None], tokens, jnp.zeros((), tokens.dtype))
-        keys, values = self._keys_values(tokens)
+        keys, values = self._keys_values(tokens, project)
         latents = self.latents.get_value()
         z = jnp.broadcast_to(latents[None], (tokens.shape[0], *latents.shape))
-        weights = []
+        weights, ratios = None, []
         for i in range(self.depth):
             layer = getattr(self, f"layer{i}")
             query = self._split(layer.query(self._query_norm(i, layer, z).astype(self.dtype)))
             if maps:
-                weights.append(_weights(query, keys[i], mask))
+                weights = _weights(query, keys[i], mask)
+                ratios.append(entropy_ratio(weights.reshape(len(weights), -1, weights.shape[-1]), mask))
             mixed = attend(query, keys[i], values[i], mask).reshape(z.shape)
             z = z + layer.output(mixed).astype(z.dtype)
             if self.with_self:
                 z = z + layer.self_attention(layer.self_norm(z)).astype(z.dtype)
             z = z + layer.ffn(layer.ffn_norm(z)).astype(z.dtype)
-        return self.norm(z), jnp.stack(weights, axis=1) if maps else None
+        seen = None if weights is None else Attention(weights.mean(axis=1), jnp.stack(ratios).mean(axis=0))
+        return self.norm(z), seen
 
-    def _keys_values(self, tokens: Array) -> tuple[Array, Array]:
+    def _keys_values(self, tokens: Array, project: nnx.Linear | None = None) -> tuple[Array, Array]:
         """[depth,B,N,A,W/A] each."""
-        x = self.project(tokens.astype(self.dtype)).astype(self.full)
+        x = (self.project if project is None else project)(tokens.astype(self.dtype)).astype(self.full)
         centred = x - x.mean(-1, keepdims=True)
         unit = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + EPSILON)
         kernel, scale, bias = (p.get_value() for p in (self.key_value, self.norm_scale, self.norm_bias))
@@ -171,7 +184,7 @@ class Resampler(nnx.Module):
 
 
 def _weights(query: Array, key: Array, mask: Array | None) -> Array:
-    """Attention weights, mean over heads, [B,L,N]."""
+    """Attention weights by head, [B,A,L,N]."""
     full = full_dtype(query.dtype)
     scores = jnp.einsum("blad,bnad->baln", query.astype(full), key.astype(full)) * query.shape[-1] ** -0.5
-    return masked_softmax(scores, None if mask is None else mask[:, None, None, :]).mean(axis=1)
+    return masked_softmax(scores, None if mask is None else mask[:, None, None, :])

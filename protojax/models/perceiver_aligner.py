@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,14 +14,14 @@ from protojax.api import Array, Encoder, Key, PyTree
 from protojax.models.attention_pool import AttentionPool, entropy_ratio, masked_mean
 from protojax.models.functional import functional
 from protojax.models.layers import LayerNorm, compute_dtype, full_dtype
-from protojax.models.perceiver import EPSILON, Resampler, linear
+from protojax.models.perceiver import EPSILON, Attention, Resampler, linear
 from protojax.models.resnet import MicroResNet
 from protojax.models.text import TextTransformer
 from protojax.ops.unit import unit
 
 IMAGE_PATHS = ("perceiver", "direct", "class_token", "token_mean")
 ORDERS = ("project_then_pool", "pool_then_project")
-INPUTS = ("image_tokens", "image_mask", "text", "text_ids", "text_mask", "image")
+IDENTICAL = 0.01  # total variation below which two attention maps are one
 
 
 class ConvTokens(MicroResNet):
@@ -43,8 +43,10 @@ class ImageHead(nnx.Module):
     image_path 'perceiver': Resampler, then `latent_pool`: 'mean' mean_l z_l W_o, 'attention' the single-score pool of
     z W_o, 'multihead' a learned query over z W_o. 'direct': tokens W_p, then the pool `direct_pool` ('simple',
     'multihead', 'mean') at width D; order 'pool_then_project' pools at width D_image first (1 / (D / D_image) of the
-    memory). 'class_token', 'token_mean': one vector of the tokens, projected. measures: 'attention_entropy' [B] (1 is
-    flat; of every layer, mean), 'latent_cosine' [B] (mean cosine between the latents), where they exist.
+    memory). 'class_token', 'token_mean': one vector of the tokens, projected. measures, where they exist, in
+    evaluation: 'attention_entropy' [B] (see `perceiver.Attention`), 'attention_map' [B,L,N], 'identical_maps' [B]
+    (share of the latents whose map another one has too, within a total variation of 0.01), 'latent_cosine' [B] (mean
+    cosine between the latents), 'latent_rank' [B] (their effective rank, 1 to L).
     """
 
     def __init__(
@@ -106,25 +108,48 @@ class ImageHead(nnx.Module):
     def _perceiver(self, tokens: Array, mask: Array | None, train: bool, key: Key | None) -> Any:
         if self.drop_class:
             tokens, mask = tokens[:, 1:], None if mask is None else mask[:, 1:]
-        latents, maps = self.resampler(tokens, mask, maps=not train)
+        latents, seen = self.resampler(tokens, mask, maps=not train)
+        vector = self._pooled(latents, self._projected, train, key)
+        return vector, {} if seen is None else _measures(latents, seen)
+
+    def of_text(
+        self, states: Array, mask: Array, into: nnx.Linear, out: nnx.Linear, *, train: bool, key: Key | None
+    ) -> Array:
+        """Text states [B,S,D_text] with mask [B,S] read by the same latents, layers and latent pool, between
+        projections of their own: [B,D]."""
+        latents, _ = self.resampler(states, mask, project=into)
+        own = lambda x: out(x.astype(self.dtype)).astype(self.full)  # noqa: E731
+        return self._pooled(latents, own, train, key)
+
+    def _pooled(self, latents: Array, projected: Callable[[Array], Array], train: bool, key: Key | None) -> Array:
         if self.latent_pool == "mean":  # the projection is linear: the mean first is the same and cheaper
-            vector = self._projected(latents.mean(axis=1))
-        else:
-            vector, _ = self.pool(self._projected(latents), train=train, key=key)
-        if train or maps is None:
-            return vector, {}
-        flat = maps.reshape(maps.shape[0], -1, maps.shape[-1])
-        units = unit(latents)
-        count = latents.shape[1]
-        total = jnp.square(units.sum(axis=1)).sum(axis=-1)
-        return vector, {
-            "attention_entropy": entropy_ratio(flat, mask),
-            "latent_cosine": (total - count) / max(count * (count - 1), 1),
-            "attention_map": flat[:, -count:],
-        }
+            return projected(latents.mean(axis=1))
+        return self.pool(projected(latents), train=train, key=key)[0]
 
     def _projected(self, x: Array) -> Array:
         return self.project(x.astype(self.dtype)).astype(self.full)
+
+
+def _measures(latents: Array, seen: Attention) -> dict[str, Array]:
+    """Of latents [B,L,W] and where they look; see `ImageHead`."""
+    count, units = latents.shape[1], unit(latents)
+    total = jnp.square(units.sum(axis=1)).sum(axis=-1)
+    # One latent at a time: all of them at once would be [B,L,L,N].
+    apart = jax.lax.map(
+        lambda one: 0.5 * jnp.abs(seen.map - one[:, None, :]).sum(axis=-1), jnp.moveaxis(seen.map, 1, 0)
+    )
+    own = jnp.eye(count, dtype=bool)[:, None, :]
+    gram = jnp.einsum("blw,bmw->blm", latents, latents, precision="highest")
+    shares = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram), 0.0))
+    shares = shares / jnp.maximum(shares.sum(axis=-1, keepdims=True), jnp.finfo(shares.dtype).tiny)
+    logs = jnp.log(jnp.where(shares > 0.0, shares, 1.0))
+    return {
+        "attention_entropy": seen.entropy,
+        "attention_map": seen.map,
+        "identical_maps": jnp.any((apart < IDENTICAL) & ~own, axis=-1).astype(apart.dtype).mean(axis=0),
+        "latent_cosine": (total - count) / max(count * (count - 1), 1),
+        "latent_rank": jnp.exp(-jnp.sum(shares * logs, axis=-1)),
+    }
 
 
 def _check(path: str, order: str, latent_pool: str, has_class_token: bool) -> None:
@@ -144,8 +169,12 @@ class Aligner(nnx.Module):
     inputs: 'image_tokens' [B,N,D_image] with 'image_mask' [B,N] (optional), or 'image' float [B,H,W,3] for a tower of
     ours (`tower`: ConvTokens with these options); 'text' [B,D_text], pooled states of a frozen text tower, or
     'text_ids' and 'text_mask' [B,S] for a text transformer of ours (`text_tower` holds its options). Embeddings are
-    unit rows; in training `caption_id` [B] of the inputs goes with them. tokens, text_width, vocabulary: sizes of what
-    is given.
+    unit rows; in training `caption_id` [B] of the inputs goes with them. sizes: 'image', 'text' (widths), 'vocabulary',
+    'positions' of what is given.
+
+    shared_resampler: the image's resampler and latent pool read the text too, every position of it, between
+    projections of the text's own; inputs are then 'text_states' [B,S,D_text] with 'text_mask', or ids for the
+    transformer. Raises ValueError for it without a resampler (image_path other than 'perceiver').
     """
 
     def __init__(
@@ -155,10 +184,14 @@ class Aligner(nnx.Module):
         width: int = 512,
         tower: Mapping[str, Any] | None = None,
         text_tower: Mapping[str, Any] | None = None,
+        shared_resampler: bool = False,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        if shared_resampler and options.get("image_path", "perceiver") != "perceiver":
+            raise ValueError(f"shared_resampler needs image_path='perceiver', got {options['image_path']!r}")
+        self.shared = shared_resampler
         self.dtype, self.full = compute_dtype(dtype), full_dtype(dtype)
         self.has_tower, self.has_text = tower is not None, text_tower is not None
         inputs = sizes.get("image", 0)
@@ -172,6 +205,10 @@ class Aligner(nnx.Module):
         if text_tower is not None:
             self.text_tower = TextTransformer(sizes["vocabulary"], dtype=dtype, rngs=rngs, **text_tower)
             text_width = self.text_tower.features
+        if shared_resampler:
+            latent_width = options.get("latent_width", 128)
+            self.text_adapt = linear(text_width, latent_width, bias=True, dtype=dtype, rngs=rngs)
+            text_width = latent_width
         self.text_project = linear(text_width, width, bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, inputs: Mapping[str, Array], *, train: bool, key: Key | None) -> dict[str, Array]:
@@ -181,11 +218,19 @@ class Aligner(nnx.Module):
         else:
             tokens = inputs["image_tokens"]
         image, measures = self.image_head(tokens, mask, train=train, key=key)
-        states = self.text_tower(inputs["text_ids"], inputs["text_mask"]) if self.has_text else inputs["text"]
-        text = self.text_project(states.astype(self.dtype)).astype(self.full)
+        text = self._text(inputs, train, key)
         pooled = masked_mean(tokens, mask)
         drawn = {"caption_id": inputs["caption_id"]} if train and "caption_id" in inputs else {}
         return {"image": unit(image)[None], "text": unit(text), "backbone": pooled[None], **drawn, **measures}
+
+    def _text(self, inputs: Mapping[str, Array], train: bool, key: Key | None) -> Array:
+        if not self.shared:
+            states = self.text_tower(inputs["text_ids"], inputs["text_mask"]) if self.has_text else inputs["text"]
+            return self.text_project(states.astype(self.dtype)).astype(self.full)
+        mask = inputs["text_mask"]
+        states = self.text_tower.states(inputs["text_ids"], mask) if self.has_text else inputs["text_states"]
+        own = None if key is None else jax.random.fold_in(key, 1)  # not the image's draws
+        return self.image_head.of_text(states, mask, self.text_adapt, self.text_project, train=train, key=own)
 
 
 def make_aligner(sizes: Mapping[str, int], **options: Any) -> Encoder:
@@ -205,7 +250,7 @@ def make_aligner(sizes: Mapping[str, int], **options: Any) -> Encoder:
 
 
 def _check_inputs(inputs: Any, sizes: Mapping[str, int]) -> None:
-    for name, size in (("image_tokens", "image"), ("text", "text")):
+    for name, size in (("image_tokens", "image"), ("text", "text"), ("text_states", "text")):
         if name in inputs and inputs[name].shape[-1] != sizes.get(size):
             raise ValueError(
                 f"aligner input {name!r} has width {inputs[name].shape[-1]}, but the heads were made for width "
@@ -213,7 +258,7 @@ def _check_inputs(inputs: Any, sizes: Mapping[str, int]) -> None:
             )
     sides = (
         [name for name in ("image_tokens", "image") if name in inputs],
-        [name for name in ("text", "text_ids") if name in inputs],
+        [name for name in ("text", "text_states", "text_ids") if name in inputs],
     )
     if not all(sides):
         raise ValueError(f"aligner inputs need an image side and a text side, got {sorted(inputs)}")

@@ -62,8 +62,8 @@ class TextTransformer(nnx.Module):
 
     Token plus position embedding, `depth` pre-norm blocks (self-attention, feed-forward of ratio 4), last norm, pool.
     causal: a position sees itself and those before it (padding stands at the end). 'eos' takes the last valid
-    position. Raises ValueError for 'bos' on a causal tower (unless `failing_arm`), for captions longer than
-    `max_length`, and when heads do not divide the width.
+    position. `states` gives [B,S,W] before the pool. Raises ValueError for 'bos' on a causal tower (unless
+    `failing_arm`), for captions longer than `max_length`, and when heads do not divide the width.
     """
 
     def __init__(
@@ -97,6 +97,11 @@ class TextTransformer(nnx.Module):
         self.norm = LayerNorm(width, **norm)
 
     def __call__(self, ids: Array, mask: Array) -> Array:
+        last = jnp.maximum(jnp.sum(mask.astype(jnp.int32), axis=1) - 1, 0)
+        return pool_text(self.states(ids, mask), mask, last, self.pool)
+
+    def states(self, ids: Array, mask: Array) -> Array:
+        """The last norm's output at every position, [B,S,W]."""
         if ids.shape[1] > self.max_length:
             raise ValueError(f"captions of {ids.shape[1]} tokens do not fit max_length {self.max_length}: cut them")
         x = self.tokens.get_value()[ids] + self.positions.get_value()[None, : ids.shape[1]]
@@ -105,8 +110,7 @@ class TextTransformer(nnx.Module):
             attended = getattr(self, f"attention{i}")(getattr(self, f"attention_norm{i}")(x), keys, causal=self.causal)
             x = x + attended.astype(x.dtype)
             x = x + getattr(self, f"ffn{i}")(getattr(self, f"ffn_norm{i}")(x)).astype(x.dtype)
-        last = jnp.maximum(jnp.sum(mask.astype(jnp.int32), axis=1) - 1, 0)
-        return pool_text(self.norm(x), mask, last, self.pool)
+        return self.norm(x)
 
 
 __all__ = ["TEXT_POOLS", "TextTransformer", "check_text_pool", "check_token_ids", "linear", "pool_text"]

@@ -117,7 +117,8 @@ class ViT(nnx.Module):
     'mean' (no class token; the mean of the patch tokens). drop_path: stochastic depth, rate rising linearly from 0 at
     the first block to this at the last; drawn from `key`, off when key is None or train=False. attention:
     None (two products and a softmax), or an implementation of `jax.nn.dot_product_attention`: 'xla', 'cudnn' (fused;
-    NVIDIA, bfloat16 or float16).
+    NVIDIA, bfloat16 or float16). mask_token: a learned embedding that stands for patches which the caller hides,
+    `masked` int [N,n] (their positions, row by row), before position embeddings are added (BEiT, iBOT).
 
     Raises ValueError on an unknown pool or attention, image_size no multiple of patch_size, width no multiple of
     heads, and drop_path outside [0, 1).
@@ -140,6 +141,7 @@ class ViT(nnx.Module):
         attention: str | None = None,
         epsilon: float = 1e-6,
         channels: int = 3,
+        mask_token: bool = False,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -164,6 +166,8 @@ class ViT(nnx.Module):
             self.class_token = nnx.Param(start(rngs.params(), (width,), self.full))
         tokens = self.grid * self.grid + (pool == "class")
         self.position = nnx.Param(start(rngs.params(), (tokens, width), self.full))
+        if mask_token:
+            self.mask_token = nnx.Param(start(rngs.params(), (width,), self.full))
         block = functools.partial(
             TransformerBlock,
             width,
@@ -178,23 +182,35 @@ class ViT(nnx.Module):
         self.norm = LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, images: Array, *, train: bool, key: Key | None = None, mask: Array | None = None
+        self,
+        images: Array,
+        *,
+        train: bool,
+        key: Key | None = None,
+        mask: Array | None = None,
+        masked: Array | None = None,
     ) -> dict[str, Array]:
-        x = self._embed(images)
+        x = self._embed(images, masked)
         x = self._run_blocks(x, key if train and self.drop_path > 0 else None)
         x = self.norm(x)
         if self.pool == "class":
             return {"pooled": x[:, 0], "tokens": x[:, 1:]}
         return {"pooled": x.mean(1), "tokens": x}
 
-    def _embed(self, images: Array) -> Array:
+    def _embed(self, images: Array, masked: Array | None = None) -> Array:
         size = self.patch_size
         check_images(images, self.channels, size)
         count, rows, columns = images.shape[0], images.shape[1] // size, images.shape[2] // size
         # Non-overlapping patches are a transpose and one matrix product; as a convolution they are slow on CPU.
         patches = images.astype(self.dtype).reshape((count, rows, size, columns, size, self.channels))
         patches = patches.transpose((0, 1, 3, 2, 4, 5)).reshape((count, rows * columns, -1))
-        x = self.patch(patches) + self._positions(rows, columns).astype(self.dtype)[None]
+        x = self.patch(patches)
+        if masked is not None:
+            if not hasattr(self, "mask_token"):
+                raise ValueError("patches can be hidden from a network with a mask token only: give mask_token=True")
+            hidden = (masked[:, :, None] == jnp.arange(rows * columns)[None, None, :]).any(1)
+            x = jnp.where(hidden[..., None], self.mask_token.get_value().astype(self.dtype)[None, None, :], x)
+        x = x + self._positions(rows, columns).astype(self.dtype)[None]
         if self.pool == "class":
             first = (self.class_token.get_value() + self.position.get_value()[0]).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(first[None, None], (count, 1, self.features)), x], axis=1)

@@ -17,6 +17,7 @@ _HINTS = {
         "prototypes are not learned in a decoupled arm, so that a term on them would have no gradient: "
         "remove the term, or choose an estimator with a head ('learned', 'capi')"
     ),
+    "student/tokens": "patch embeddings come with the term 'ibot' and a backbone that has patches (a vit_*)",
     "teacher": "the objective compares with a teacher: the recipe needs one",
 }
 

@@ -59,8 +59,9 @@ def image_text(
     inputs: student image and text [B,D] or [1,B,D] (any length: prefixes are renormalised here), mask [B], key, and
     batch['caption_id'] [B] where the data names equal captions (student['caption_id'] where views drew one of
     several). Metrics, all with the same meaning in every mode: contrastive_full, prefix_<d> for every d,
-    prefix_objective (the optimised M), chance (what constant embeddings get), above_chance = contrastive_full -
-    chance, temperature; 'single' adds sampled_dim.
+    prefix_objective (the optimised M), chance (what constant embeddings get of a contrastive loss, whatever the width),
+    chance_prefix_objective and chance_total (the same of M and of the total), above_chance = contrastive_full - chance,
+    temperature; 'single' adds sampled_dim.
 
     Raises ValueError for prefix widths, weights, modes and temperatures out of range.
     """
@@ -105,14 +106,16 @@ def image_text(
         more: dict[str, Array] = {}
         if prefix_mode == "single":
             drawn = jax.random.randint(inputs["key"], (), 0, len(dims))
-            part = ordered[drawn]
+            part, share = ordered[drawn], 1.0
             more["sampled_dim"] = jnp.asarray(dims, jnp.float32)[drawn]
         else:
-            part = jnp.sum(ordered * jnp.asarray(weights, ordered.dtype))
+            part, share = jnp.sum(ordered * jnp.asarray(weights, ordered.dtype)), sum(weights)
         total = contrastive_weight * full + prefix_weight * part
         values = {"loss": total, "contrastive_full": full, "prefix_objective": part, "chance": found.chance}
         values |= {f"prefix_{d}": value for d, value in by_width.items()}
         values["above_chance"] = full - found.chance
+        values["chance_prefix_objective"] = share * found.chance
+        values["chance_total"] = (contrastive_weight + prefix_weight * share) * found.chance
         count = found.pairs.astype(total.dtype)
         metrics = {name: (value.astype(total.dtype) * count, count) for name, value in values.items()}
         more["temperature"] = 1.0 / jnp.asarray(sharpness, total.dtype)

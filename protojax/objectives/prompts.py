@@ -42,7 +42,8 @@ class PromptOptions:
 
     Only scale / tau and scale / cls_temperature matter; the three are kept apart because they are read that way. Where
     the defaults differ from the published recipe, each for a measured reason (docs/prompts.md): cls_temperature 1
-    instead of 0.07, hard_assignment in the second half of the run, tau_end 0.2 instead of 0.05.
+    instead of 0.07, hard_assignment in the second half of the run, tau_end 0.2 instead of 0.05, offset_penalty 0
+    instead of 1e-3.
     """
 
     scale: float = 50.0
@@ -58,7 +59,7 @@ class PromptOptions:
     mixture_weight: float = 0.5
     cls_temperature: float = 1.0
     cls_pool: str = "max"
-    offset_penalty: float = 1e-3
+    offset_penalty: float = 0.0
     diversity_weight: float = 0.0
     diversity_form: str = "mean_square"
     diversity_margin: float | None = None

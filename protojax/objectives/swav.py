@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from protojax.api import Array, Codebook, Metrics, Objective, PyTree
+from protojax.api import OFF, Array, Codebook, Metrics, Objective, PyTree
 from protojax.objectives import common
 from protojax.objectives.dino import check_views, pair_cross_entropy, teacher_entropy
 from protojax.ops.transport import balanced_potentials
@@ -65,12 +65,14 @@ def swav(*, student_temperature: float = 0.1, target_temperature: float = 0.05, 
 def balanced_target(teacher: Array, target: Codebook, mask: Array, temperature: float, iterations: int) -> Codebook:
     """The target codebook with the bias at which the unmasked rows of teacher [T,B,D] share out equally: temperature
     times the potentials f of `swav`. No gradient."""
-    views, count = teacher.shape[0], target.prototypes.shape[0]
+    views = teacher.shape[0]
     prototypes, bias = jax.lax.stop_gradient((target.prototypes, target.bias))
+    # Equal shares, -ln K; what is switched off keeps none.
+    share = jax.nn.log_softmax(jnp.where(bias > 0.5 * OFF, 0.0, OFF / temperature).astype(teacher.dtype))
     potentials = balanced_potentials(
         teacher.reshape(-1, teacher.shape[2]),
         prototypes,
-        jnp.full((count,), -math.log(count), teacher.dtype),
+        share,
         bias / temperature,
         temperature=temperature,
         iterations=iterations,

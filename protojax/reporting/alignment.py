@@ -63,7 +63,7 @@ def in_short(run: Run) -> Html:
     size = found["i2t"][full]["gallery"]
     first = card("Does it retrieve?", status, answer, [
         f"R@1 is {100 * recall:.1f}% (mean of both directions), {times:.0f} times chance ({100 * chance:.2f}% of a "
-        f"of {size})."])  # fmt: skip
+        f"gallery of {size})."])  # fmt: skip
     kept = (found.get("retention") or {}).get(short)
     answer, status = (
         ("not known", "unknown") if kept is None else (f"{100 * kept:.0f}% kept", "good" if kept >= 0.9 else "warn")
@@ -112,16 +112,30 @@ def numbers(run: Run) -> Html:
         "MRR",
         "kept %",
     ]
-    extra = []
-    if isinstance(zero := found.get("zero_shot"), Mapping):
-        shares = ", ".join(f"{d}: {100 * v:.1f}%" for d, v in zero["accuracy"].items())
-        extra.append(
-            tag(
-                "p",
-                f"Zero-shot by class text, {zero['classes']} classes (chance {100 * zero['chance']:.1f}%): {shares}.",
-            )
+    return section("Retrieval", table(headers, rows, strong=[len(rows) - 1]), *beside(found), anchor="numbers")
+
+
+def beside(found: Mapping[str, Any]) -> list[Html]:
+    """A sentence a score that the data allow beside retrieval, with its chance."""
+    out = []
+    for key, what in (("zero_shot", "class text"), ("zero_shot_names", "class name")):
+        if isinstance(zero := found.get(key), Mapping):
+            shares = ", ".join(f"{d}: {100 * v:.1f}%" for d, v in zero["accuracy"].items())
+            level = f"{zero['classes']} classes (chance {100 * zero['chance']:.1f}%)"
+            out.append(f"Zero-shot by {what}, {level}: {shares}.")
+    if isinstance(own := found.get("matching"), Mapping):
+        cells = ", ".join(f"{d}: {100 * own['accuracy'][d]:.1f}%, AUC {own['auc'][d]:.3f}" for d in own["accuracy"])
+        out.append(
+            f"Is the sentence true of the image? {own['pairs']} pairs, threshold from other pairs (always the more "
+            f"frequent answer: {100 * own['majority']:.1f}%; AUC of chance 0.500, standard error "
+            f"{own['auc_error']:.3f}): {cells}."
         )
-    return section("Retrieval", table(headers, rows, strong=[len(rows) - 1]), *extra, anchor="numbers")
+    if isinstance(known := found.get("factors"), Mapping):
+        out.append(
+            f"Known content: linear regression from image embeddings gives the {known['factors']} factors with R^2 = "
+            f"{known['r2']:.3f} (the worst {known['r2_least']:.3f}; nothing known: 0)."
+        )
+    return [tag("p", sentence) for sentence in out]
 
 
 def figures(run: Run) -> Html:
@@ -136,7 +150,14 @@ def figures(run: Run) -> Html:
     losses.append(("held out", *series(run.evals, "metrics", "alignment", "loss", "contrastive_full")))
     chance = dig(found, "loss", "chance")
     sides = [(side, *series(run.evals, "metrics", "alignment", side, "rank")) for side in ("image", "text")]
+    kept = [
+        (f"R@{k}", np.log2([float(d) for d in names]), np.asarray([found[key].get(d) for d in names], float))
+        for k, key in ((1, "retention"), (10, "retention_r10"))
+        if names and isinstance(found.get(key), Mapping)
+    ]
     drawn = [
+        line_plot("Kept by prefix", kept, "Share of the full width's, over log2 of the prefix width.",
+                  "no evaluation was recorded.", share=True, x_label="log2 width"),
         line_plot("Retrieval", recall, "Mean of both directions. Dotted: chance.", "no evaluation was recorded.",
                   [("chance", level, muted)], share=True),
         line_plot("Losses", losses, "Dotted: the loss of embeddings that do not depend on their input.",

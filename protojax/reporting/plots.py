@@ -81,9 +81,10 @@ def line_plot(
     log: bool = False,
     from_zero: bool = False,
     y_label: str = "",
+    x_label: str = "step",
 ) -> Html:
-    """Curves over steps with dotted control levels. share: values in [0, 1], drawn as per cent from 0. log: positive
-    values, on a logarithmic axis where they span more than a factor of 20."""
+    """Curves over steps (or what x_label names) with dotted control levels. share: values in [0, 1], drawn as per cent
+    from 0. log: positive values, on a logarithmic axis where they span more than a factor of 20."""
     found = drawable(curves)
     if log:
         found = [(name, s, np.where(v > 0, v, math.nan)) for name, s, v in found if (v > 0).any()]
@@ -92,7 +93,7 @@ def line_plot(
     # Within one decade a logarithmic axis would have no tick to read.
     log = log and max(np.nanmax(v) for _, _, v in found) > 20 * min(np.nanmin(v) for _, _, v in found)
     with drawing():
-        figure, axes = new_axes(y_label=y_label)
+        figure, axes = new_axes(x_label=x_label, y_label=y_label)
         if log:
             axes.set_yscale("log")
             plain_numbers(axes.yaxis)

@@ -24,9 +24,19 @@ NO_TEXT = "none"
 LARGEST_DRAWN = 2**30  # bytes of thumbnails, or of names of files, in an archive
 
 
-def embed(
+class Plan(NamedTuple):
+    """What is known before an image is encoded. empty: the cache without its features, with the fingerprint that it
+    will have; texts: [C][T], None without templates."""
+
+    towers: ImageText
+    pictures: Pictures
+    empty: FeatureCache
+    templates: Templates | None
+    texts: list[tuple[str, ...]] | None
+
+
+def open_plan(
     weights: str | Path,
-    out: Path,
     *,
     data: str,
     label: str = "fine",
@@ -36,45 +46,66 @@ def embed(
     classes: str | Path | None = None,
     dtype: str = "float32",
     batch_size: int = 64,
-    tokens: bool = False,
-    overwrite: bool = False,
     drop_empty_classes: bool = False,
-) -> str:
-    """Fill `out` (.npz) with features of `data` by the towers in the folder `weights`; a line that says what is there.
+) -> Plan:
+    """The towers in the folder `weights`, pictures and texts, opened and checked.
 
     data, label, splits, test_share: as `open_pictures`. templates: an installed set or a file; 'none' leaves texts out
-    (`base` too). classes: a file of fields of classes. tokens: the patch tokens of images and states of texts for the
-    alignment workload, instead of a cache. An archive that the same towers, preprocessing and templates made of the
-    same data is left as it is.
-
-    Raises ValueError for bad input of any kind before an image is encoded, and for an archive that something else made
-    (both fingerprints) unless `overwrite`.
+    (`base` too). classes: a file of fields of classes. Raises ValueError for bad input of any kind.
     """
-    _check_out(out)
     towers = load(weights, dtype=dtype, batch_size=batch_size)
     side = towers.config.vision.image_size
     pictures = open_pictures(data, towers.preprocessing.fit, side, label=label, splits=splits, test_share=test_share)
     if classes is not None:
         pictures = pictures._replace(fields={**pictures.fields, **read_class_fields(classes, pictures.class_names)})
-    hollow = _hollow(pictures, drop_empty_classes)
+    empty = _hollow(pictures, drop_empty_classes)
     chosen = None if templates == NO_TEXT else open_templates(templates)
     texts = None if chosen is None else class_texts(chosen, pictures.class_names, pictures.fields)
-    fingerprint = fingerprint_of(towers, chosen)
+    return Plan(towers, pictures, empty._replace(fingerprint=fingerprint_of(towers, chosen)), chosen, texts)
+
+
+def fill(plan: Plan) -> tuple[FeatureCache, dict[str, Encoded]]:
+    """(the cache, not checked yet; what was encoded, by split): the texts, and one pass over all pictures."""
+    base = None if plan.texts is None else base_features(plan.towers, plan.texts)
+    encoded = {name: encode(plan.towers, plan.pictures, name) for name in plan.pictures.splits}
+    return plan.empty._replace(splits={name: one.features for name, one in encoded.items()}, base=base), encoded
+
+
+def embed(
+    weights: str | Path,
+    out: Path,
+    *,
+    data: str,
+    tokens: bool = False,
+    overwrite: bool = False,
+    drop_empty_classes: bool = False,
+    **options: Any,
+) -> str:
+    """Fill `out` (.npz) with features of `data` by the towers in the folder `weights`; a line that says what is there.
+
+    tokens: the patch tokens of images and states of texts for the alignment workload, instead of a cache. options: of
+    `open_plan`. An archive that the same towers, preprocessing and templates made of the same data is left as it is.
+
+    Raises ValueError for bad input of any kind before an image is encoded, and for an archive that something else made
+    (both fingerprints) unless `overwrite`.
+    """
+    _check_out(out)
+    plan = open_plan(weights, data=data, drop_empty_classes=drop_empty_classes, **options)
+    towers, pictures, texts, fingerprint = plan.towers, plan.pictures, plan.texts, plan.empty.fingerprint
     about = {
-        "weights": Path(weights).name, "data": data, "label": label, "data_digest": _digest(pictures),
-        "templates": [] if chosen is None else list(chosen.lines), "tokens": tokens,
+        "weights": Path(weights).name, "data": data, "label": pictures.label, "data_digest": _digest(pictures),
+        "templates": [] if plan.templates is None else list(plan.templates.lines), "tokens": tokens,
     }  # fmt: skip
     if out.exists() and not overwrite and _already(out, fingerprint, about):
         return f"{out}: made before by the same towers from the same data, left as it is ({fingerprint})"
     described = json.dumps(about, sort_keys=True)
     if tokens:
         return write_tokens(out, towers, pictures, texts, {"fingerprint": fingerprint, "about": described})
-    base = None if texts is None else base_features(towers, texts)
-    encoded = {name: encode(towers, pictures, name) for name in pictures.splits}
-    found = {name: one.features for name, one in encoded.items()}
-    whole = hollow._replace(splits=found, base=base, fingerprint=fingerprint, about=described)
-    cache = check_cache(whole, train=_train(found), drop_empty_classes=drop_empty_classes)
-    kept = {name: np.isin(np.asarray(whole.class_names)[f.label], cache.class_names) for name, f in found.items()}
+    found, encoded = fill(plan)
+    whole = found._replace(about=described)
+    cache = check_cache(whole, train=_train(whole.splits), drop_empty_classes=drop_empty_classes)
+    names = np.asarray(whole.class_names)
+    kept = {name: np.isin(names[f.label], cache.class_names) for name, f in whole.splits.items()}
     save_cache(out, cache, drawn=_drawn(pictures, encoded, kept))
     return _line(out, cache) + ("" if texts is None else _cut(towers, texts))
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from protojax import parallel
+from protojax.api import Array
 from protojax.models.functional import functional
 from protojax.models.layers import compute_dtype
 from protojax.models.pretrained.networks import TextTower, VisionTower, logits
@@ -81,6 +82,20 @@ class ImageText:
         )
         return np.asarray(found)
 
+    def features(self, tower: str, variables: Any, batch: dict[str, Any], output: str = "embedding") -> Array:
+        """What `encode_images` ('image': 'pixels') and `encode_texts` ('text': 'ids', 'mask') compute, as a pure
+        function of arrays on the device, for programs that are compiled as a whole. Pixels may be real numbers."""
+        if tower == "image":
+            outputs, _ = self.image.apply(variables, self.preprocessing.normalise(batch["pixels"]))
+        else:
+            outputs, _ = self.text.apply(variables, batch["ids"], batch.get("mask"))
+        found = outputs[output]
+        return found / jnp.linalg.norm(found, axis=-1, keepdims=True) if output == "embedding" else found
+
+    def release(self) -> None:
+        """Drop the weights from the devices; the next call puts them there again."""
+        self._placed.clear()
+
     def _run(self, tower: str, output: str, given: dict[str, np.ndarray]) -> np.ndarray:
         forward, variables = self._forward(tower, output), self._variables(tower)
         count, parts = len(next(iter(given.values()))), []
@@ -99,17 +114,8 @@ class ImageText:
     def _forward(self, tower: str, output: str) -> Callable[..., Any]:
         if output not in ("embedding", "pooled", "tokens"):
             raise ValueError(f"output: expected 'embedding', 'pooled' or 'tokens', got {output!r}")
-
-        def forward(variables: Any, batch: dict[str, Any]) -> Any:
-            if tower == "image":
-                outputs, _ = self.image.apply(variables, self.preprocessing.normalise(batch["pixels"]))
-            else:
-                outputs, _ = self.text.apply(variables, batch["ids"], batch.get("mask"))
-            found = outputs[output]
-            return found / jnp.linalg.norm(found, axis=-1, keepdims=True) if output == "embedding" else found
-
         if (tower, output) not in self._compiled:
-            self._compiled[tower, output] = jax.jit(forward)
+            self._compiled[tower, output] = jax.jit(lambda v, batch: self.features(tower, v, batch, output))
         return self._compiled[tower, output]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,15 @@ def fill(cfg: ml_collections.ConfigDict) -> None:
 
 
 def pairs_of(config: Config, split: str) -> Pairs:
-    """One split of the configured pairs."""
+    """One split of the configured pairs; the last few are kept, since captions of a large set take long to read."""
     data = config.data
-    options = {k: v for k, v in data.source.options.items() if v is not None}
-    return pairs_registry.open_pairs(data.source.name, split, root=data.root, **options)
+    options = tuple(sorted((k, v) for k, v in data.source.options.items() if v is not None))
+    return _opened(data.source.name, split, data.root, options)
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(name: str, split: str, root: str | None, options: tuple[tuple[str, Any], ...]) -> Pairs:
+    return pairs_registry.open_pairs(name, split, root=root, **dict(options))
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -75,28 +81,21 @@ def build(config: Config) -> Recipe:
     parts.check_batch(train, config.data.batch_size)
     for pairs in (train, test):
         parts.check_text(pairs, settings)
-    if train.texts.fingerprint != test.texts.fingerprint:
-        raise ValueError(
-            f"training and test texts come from two towers: {train.texts.fingerprint!r}, {test.texts.fingerprint!r}"
-        )
-    found = {
-        "train": parts.training_source(train, settings, config.data.batch_size, config.seed),
-        "test": parts.ordered_source(pair_records(test, settings["text_pool"], expanded=True), config.evals.batch_size),
-    }
-    classes = _class_pairs(config)
-    if classes is not None:
-        records = pair_records(classes, settings["text_pool"], expanded=True)
-        found["classes"] = parts.ordered_source(records, config.evals.batch_size)
-    return _recipe(config, settings, train, found, dict(test.classes) if classes is not None else {})
-
-
-def _class_pairs(config: Config) -> Pairs | None:
-    """A text a class, where the data has them: for zero-shot classification."""
-    return pairs_of(config, "classes") if config.data.source.name == "grocery" else None
+    parts.check_same_tower(train.texts.fingerprint, test.texts.fingerprint, "training and test texts")
+    names = pairs_registry.MORE_SPLITS.get(config.data.source.name, ())
+    more = {name: pairs_of(config, name) for name in names}
+    if train.factors is not None:
+        more["bank"] = train
+    pool = parts.text_pool(settings)
+    found = {"train": parts.training_source(train, settings, config.data.batch_size, config.seed)}
+    for name, pairs in {"test": test, **more}.items():
+        found[name] = parts.ordered_source(pair_records(pairs, pool, expanded=True), config.evals.batch_size)
+    factors = {name: p.factors for name, p in {"test": test, **more}.items() if p.factors is not None}
+    return _recipe(config, settings, train, found, factors)
 
 
 def _recipe(
-    config: Config, settings: dict[str, Any], train: Pairs, found: dict[str, Source], classes: Mapping[str, Any]
+    config: Config, settings: dict[str, Any], train: Pairs, found: dict[str, Source], factors: Mapping[str, np.ndarray]
 ) -> Recipe:
     dtype = jnp.dtype(config.method.dtype)
     steps = config.method.steps or max(1, round((config.method.epochs or 0) * found["train"].spec.steps_per_epoch))
@@ -112,7 +111,7 @@ def _recipe(
     epochs = steps / found["train"].spec.steps_per_epoch
     evaluation = alignment_evaluation(
         widths=settings["prefix_dims"], temperature=settings["temperature"], batch=config.data.batch_size,
-        epochs=epochs, steps=steps, classes_split="classes" if "classes" in found and "fine" in classes else None,
+        epochs=epochs, steps=steps, splits=tuple(found), factors=factors,
     )  # fmt: skip
     return Recipe(
         sources=found,
@@ -139,13 +138,14 @@ def _recipe(
 
 
 def subtrees(params: PyTree) -> dict[str, PyTree]:
-    """Named groups whose gradient norm is logged: latents, each layer's query, output, feed-forward and norms, keys and
-    values, projections, pools, both towers, learned temperature."""
+    """Named parts whose gradient norm is logged: every leaf of the heads (latents, each layer's query, output,
+    feed-forward and norms, keys and values, projections, pools, learned temperature), so that one that never gets a
+    gradient is named; the parts of both towers."""
     named: dict[str, dict[str, Any]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = [str(getattr(k, "key", k)) for k in path]
         inner = [n for n in names if n not in ("encoder", "head", "objective", "image_head")]
-        group = "/".join(inner[:3] if inner[0] == "resampler" and inner[1].startswith("layer") else inner[:2])
+        group = "/".join(inner[:2] if inner[0] in ("tower", "text_tower") else inner)
         named.setdefault(group or "head", {})["/".join(names)] = leaf
     return named
 
@@ -172,12 +172,21 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
     out.append("  R@1 by prefix width " + ", ".join(cells))
     loss = found["loss"]
     out.append(f"  held-out loss {loss['contrastive_full']:.4f}, chance {loss['chance']:.4f}")
-    if "zero_shot" in found:
-        zero = found["zero_shot"]
+    for key, what in (("zero_shot", "class texts"), ("zero_shot_names", "class names")):
+        if key in found:
+            zero = found[key]
+            out.append(
+                f"  zero-shot by {what} {100 * zero['accuracy'][full]:.1f}% of {zero['classes']} classes "
+                f"(chance {100 * zero['chance']:.1f}%)"
+            )
+    if "matching" in found:
+        own = found["matching"]
         out.append(
-            f"  zero-shot {100 * zero['accuracy'][full]:.1f}% of {zero['classes']} classes "
-            f"(chance {100 * zero['chance']:.1f}%)"
+            f"  true or false: {100 * own['accuracy'][full]:.1f}% of {own['pairs']} pairs (majority "
+            f"{100 * own['majority']:.1f}%), AUC {own['auc'][full]:.3f} (chance 0.5)"
         )
+    if "factors" in found:
+        out.append(f"  known factors: R^2 {found['factors']['r2']:.3f} (nothing known: 0)")
     return out
 
 

@@ -13,9 +13,12 @@ import numpy as np
 from protojax import parallel, probing
 from protojax.api import Recipe, Source, SourceSpec, TrainState
 from protojax.config import Config
-from protojax.data.pairs_text import LONGEST, hashed_texts
+from protojax.data.pairs import Pairs, Texts, text_tables
+from protojax.data.pairs_text import hashed_texts, longest_of
 from protojax.evals.retrieval_pairs import prefix_units
+from protojax.models.text import TEXT_POOLS
 from protojax.step import observer
+from protojax.workloads.alignment_parts import TEXT_ENTRIES, check_same_tower, text_pool
 
 
 class AlignedEncode:
@@ -30,7 +33,8 @@ class AlignedEncode:
         self.config, self.step, self.batch_size = config, int(state.step), batch_size
         settings = settings_of(config)
         self.widths: tuple[int, ...] = tuple(settings["prefix_dims"])
-        self.text_pool = str(settings["text_pool"])
+        self.text_pool = text_pool(settings)
+        self.fingerprint = str(read_shapes(workdir)["fingerprint"])
         self._example = recipe.sources["train"].batch(0)
         _, self._variables, _ = observer(recipe, state)
         self._forward = probing.make_forward(recipe, parallel.make_mesh(1, 1, devices=jax.devices()[:1]))
@@ -61,15 +65,21 @@ class AlignedEncode:
                 raise ValueError("this run's tokenizer.json is missing: captions cannot be read")
             ids, mask, _ = tokenise(load_tokenizer(self._tokenizer), captions, self._example["text_ids"].shape[-1])
             return {"text_ids": ids, "text_mask": mask}
-        if not self.config.data.source.name.startswith(HASHED):
-            raise ValueError(
-                f"the texts of {self.config.data.source.name!r} came from a tower that is not in the package; "
-                "give its pooled states to `encode_states`."
-            )
-        return {"text": hashed_texts(captions, longest=LONGEST).pooled[self.text_pool]}
+        texts = hashed_texts(captions, longest=longest_of(self.fingerprint))
+        return {k: v.read(np.arange(len(captions))) for k, v in text_tables(texts, self.text_pool).items()}
+
+    def encode_texts(self, texts: Texts, width: int | None = None) -> np.ndarray:
+        """All captions of a split. Raises ValueError for texts of another tower than the run's."""
+        check_same_tower(self.fingerprint, texts.fingerprint, "this run's texts and those of the data")
+        rows = np.arange(len(texts.captions))
+        given = {k: v.read(rows) for k, v in text_tables(texts, self.text_pool).items()}
+        return self._cut(self._run(given, len(rows), "text"), width)
 
     def encode_states(self, states: np.ndarray, width: int | None = None) -> np.ndarray:
-        """Pooled states [N,D_text] of the run's frozen text tower."""
+        """Pooled states [N,D_text] of the run's frozen text tower. Raises ValueError where the run reads all positions
+        of a caption (shared_resampler), or token ids."""
+        if "text" not in self._example:
+            raise ValueError("this run reads every position of a caption, not pooled states: give captions")
         return self._cut(self._run({"text": np.asarray(states, np.float32)}, len(states), "text"), width)
 
     def _run(self, given: dict[str, np.ndarray], count: int, output: str) -> np.ndarray:
@@ -90,8 +100,7 @@ class AlignedEncode:
     def _plain(self) -> dict[str, np.ndarray]:
         """An example batch with one caption an image."""
         several = self._example["caption_id"].ndim > 1
-        names = ("text", "text_ids", "text_mask", "caption_id")
-        return {k: v[:, 0] if several and k in names else v for k, v in self._example.items()}
+        return {k: v[:, 0] if several and k in TEXT_ENTRIES else v for k, v in self._example.items()}
 
     def _cut(self, rows: np.ndarray, width: int | None) -> np.ndarray:
         if width is None:
@@ -101,33 +110,35 @@ class AlignedEncode:
         return prefix_units(rows, width)
 
 
-HASHED = ("emoji", "emoji_styles", "grocery", "pairs_npz", "captions", "tar_shards", "tfds_captions:")
-
-
 def write_shapes(config: Config, recipe: Recipe, workdir: Path) -> None:
-    """`alignment.npz`, shapes and dtypes of a batch: what loading needs instead of the data; and `tokenizer.json` where
-    captions are token ids."""
+    """`alignment.npz`, shapes and dtypes of a batch and the fingerprint of the texts: what loading needs instead of the
+    data; and `tokenizer.json` where captions are token ids."""
     from protojax.workloads.alignment import pairs_of
 
+    texts = pairs_of(config, config.data.train_split).texts
     arrays = {k: np.zeros_like(v[:1]) for k, v in recipe.sources["train"].batch(0).items()}
+    arrays["fingerprint"] = np.asarray(texts.fingerprint)
     if "text_ids" in arrays:
-        texts = pairs_of(config, config.data.train_split).texts
-        arrays["vocabulary"] = np.asarray([int(texts.fingerprint.rsplit("-", 1)[-1])])
         (workdir / "tokenizer.json").write_text(str(texts.tokenizer))
     np.savez_compressed(workdir / "alignment.npz", **arrays)  # type: ignore[arg-type]
+
+
+def read_shapes(workdir: Path) -> dict[str, np.ndarray]:
+    """What `write_shapes` wrote. Raises FileNotFoundError where it did not."""
+    path = Path(workdir) / "alignment.npz"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: it is written when an alignment run begins.")
+    with np.load(path) as archive:
+        return {k: archive[k] for k in archive.files}
 
 
 def hollow_recipe(config: Config, workdir: Path) -> Recipe:
     """The run's recipe on blank pairs of the same shapes."""
     from protojax.workloads import alignment
 
-    path = Path(workdir) / "alignment.npz"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: it is written when an alignment run begins.")
-    with np.load(path) as archive:
-        one = {k: archive[k] for k in archive.files}
+    one = read_shapes(workdir)
     size = config.data.batch_size
-    rows = {k: np.zeros((size, *v.shape[1:]), v.dtype) for k, v in one.items() if k != "vocabulary"}
+    rows = {k: np.zeros((size, *v.shape[1:]), v.dtype) for k, v in one.items() if k != "fingerprint"}
     rows["mask"] = np.ones((size,), bool)
     shapes = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in rows.items()}
     spec = SourceSpec("blank", size, size, 1, shapes, {}, {})
@@ -136,19 +147,18 @@ def hollow_recipe(config: Config, workdir: Path) -> Recipe:
     return alignment._recipe(config, settings, blank_pairs(one), {"train": source, "test": source}, {})
 
 
-def blank_pairs(one: dict[str, Any]) -> Any:
+def blank_pairs(one: dict[str, Any]) -> Pairs:
     """Pairs with the shapes of a batch and nothing in them."""
-    from protojax.data.pairs import Pairs, Texts
-
     image = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in one.items() if k.startswith("image")}
     image.pop("image_id", None)
-    if "text" in one:
-        width = one["text"].shape[-1]
-        pools = {pool: np.zeros((1, width), np.float32) for pool in ("eos", "mean", "bos", "unmasked_mean")}
-        texts = Texts(("",), pools, False, "blank", empty=np.zeros((width,), np.float32))
-    else:
+    made = str(one["fingerprint"])
+    if "text_ids" in one:
         ids = np.zeros((1, one["text_ids"].shape[-1]), np.int32)
-        texts = Texts(("",), {}, True, f"blank-{int(one['vocabulary'][0])}", ids=ids, mask=ids.astype(bool))
+        texts = Texts(("",), {}, True, made, ids=ids, mask=ids.astype(bool))
+    else:
+        width = one["text" if "text" in one else "text_states"].shape[-1]
+        pools = {pool: np.zeros((1, width), np.float32) for pool in TEXT_POOLS}
+        texts = Texts(("",), pools, False, made, empty={pool: rows[0] for pool, rows in pools.items()})
 
     def read(rows: np.ndarray) -> Any:
         return {k: np.zeros((len(rows), *v.shape), v.dtype) for k, v in image.items()}, np.ones(len(rows), bool)
@@ -162,7 +172,8 @@ def embed(
     """Unit embeddings of a split of the run's pairs (`image` [M,D], `text` [T,D], `captions` [T]), or of a folder of
     pictures (`image`), at a trained prefix, as .npz; returns a line that says so.
 
-    Raises ValueError for another file type, a split that is not there and a width that was not trained."""
+    Raises ValueError for another file type, a split that is not there, texts of another tower than the run's, and a
+    width that was not trained."""
     from protojax.data.folder import open_image_folder
     from protojax.loading import load, read_config
     from protojax.workloads.alignment import pairs_of
@@ -180,9 +191,7 @@ def embed(
         pairs = pairs_of(config, split or config.data.test_split)
         content = pairs.read(np.arange(pairs.size))[0]
         arrays = {"image": model.encode(content["image" if "image" in content else "image_tokens"], width)}
-        pooled = pairs.texts.pooled.get(model.text_pool) if pairs.texts.pooled else None
-        texts = pairs.texts.captions
-        arrays["text"] = model.encode_text(texts, width) if pooled is None else model.encode_states(pooled, width)
-        arrays["captions"] = np.asarray(texts)
+        arrays["text"] = model.encode_texts(pairs.texts, width)
+        arrays["captions"] = np.asarray(pairs.texts.captions)
     np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
     return f"{out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())

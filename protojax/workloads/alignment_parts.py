@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,10 +17,11 @@ from protojax.api import Array, Batch, Key, PyTree, Source
 from protojax.data import sampler, views
 from protojax.data.pairs import Pairs, check_text_varies, pair_records
 from protojax.data.records import Records
-from protojax.models.text import check_text_pool
+from protojax.models.text import check_text_pool, check_token_ids
 from protojax.schedules import make_schedule
 from protojax.workloads.images import IMAGENET_MEAN, IMAGENET_STD
 
+TEXT_ENTRIES = ("text", "text_states", "text_ids", "text_mask", "caption_id")
 IMAGE_FEATURES = ("auto", "tokens", "patches", "conv")
 POSITION_WIDTH = 16
 
@@ -35,6 +37,7 @@ def aligner(
     latent_init_std: float = 0.02,
     latent_self_attention: bool = False,
     shared_norm: bool = False,
+    shared_resampler: bool = False,
     drop_class_token: bool = True,
     direct_pool: str = "simple",
     order: str = "project_then_pool",
@@ -75,7 +78,8 @@ def aligner(
 
 HEAD_KEYS = (
     "image_path", "num_latents", "latent_width", "depth", "heads", "latent_pool", "latent_init_std",
-    "latent_self_attention", "shared_norm", "drop_class_token", "direct_pool", "order", "pool_dropout",
+    "latent_self_attention", "shared_norm", "shared_resampler", "drop_class_token", "direct_pool", "order",
+    "pool_dropout",
 )  # fmt: skip
 LOSS_KEYS = (
     "width", "prefix_dims", "prefix_mode", "prefix_weights", "contrastive_weight", "prefix_weight", "temperature",
@@ -94,15 +98,42 @@ class Sides(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------- sources
+def text_pool(settings: Mapping[str, Any]) -> str:
+    """How captions reach the encoder: pooled by 'eos', 'mean', ..., or 'states', every position of a frozen tower."""
+    return "states" if settings["shared_resampler"] else str(settings["text_pool"])
+
+
 def check_text(pairs: Pairs, settings: Mapping[str, Any]) -> None:
-    """Before training: the pool must exist and must tell captions apart."""
+    """Before training: the pool must exist and must tell captions apart, token ids must be the vocabulary's. Captions
+    that were cut are counted in a warning."""
     pool = check_text_pool(settings["text_pool"], pairs.texts.causal, failing_arm=settings["failing_arm"])
-    if not pairs.texts.pooled:
+    texts = pairs.texts
+    if texts.cut:
+        warnings.warn(
+            f"{pairs.name}: {texts.cut} of {len(texts.captions)} captions were cut to the longest length (their end "
+            "token is kept): raise data.source.longest",
+            stacklevel=3,
+        )
+    if settings["shared_resampler"] and pool not in ("eos", "mean"):
+        raise ValueError(
+            f"shared_resampler reads every position of the text: text_pool={pool!r} has no meaning with it"
+        )
+    if not texts.pooled:
+        assert texts.ids is not None
+        assert texts.mask is not None
+        check_token_ids(texts.ids, texts.mask, vocabulary_of(pairs))
         return
-    if pool not in pairs.texts.pooled:
-        raise ValueError(f"{pairs.name} has no text states pooled by {pool!r}; it has {sorted(pairs.texts.pooled)}")
+    if pool not in texts.pooled:
+        hint = "; 'eos' needs text_eos beside text_hidden, or text_eos_state" if pool == "eos" else ""
+        raise ValueError(f"{pairs.name} has no text states pooled by {pool!r}; it has {sorted(texts.pooled)}{hint}")
     if not settings["failing_arm"]:
-        check_text_varies(pairs.texts, pool)
+        check_text_varies(texts, pool)
+
+
+def check_same_tower(made: str, given: str, what: str) -> None:
+    """Raises ValueError with both fingerprints when texts of one tower meet heads or texts of another."""
+    if made != given:
+        raise ValueError(f"{what} come from two towers or pools: {made!r} and {given!r}")
 
 
 def check_batch(pairs: Pairs, batch_size: int) -> None:
@@ -121,7 +152,7 @@ def training_source(pairs: Pairs, settings: Mapping[str, Any], batch_size: int, 
     if settings["shuffled_pairs"]:  # the honest chance level: no image belongs to its caption
         order = np.random.default_rng(seed).permutation(pairs.size)
         pairs = pairs._replace(caption=tuple(pairs.caption[i] for i in order))
-    records = pair_records(pairs, settings["text_pool"], expanded=False)
+    records = pair_records(pairs, text_pool(settings), expanded=False)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     return sampler.make_source(
         records, batch_size=batch_size, seed=seed, shuffle=True, remainder="drop", counts=no_counts(records), **process
@@ -144,7 +175,7 @@ def no_counts(records: Records) -> dict[str, Any] | None:
 def make_sides(pairs: Pairs, settings: Mapping[str, Any], dtype: Any) -> Sides:
     """Inputs of the encoder from batches of these pairs."""
     image_train, image_plain, sizes, options = _image_side(pairs, settings, dtype)
-    empty = pairs.texts.empty
+    empty = pairs.texts.empty.get(settings["text_pool"])
     if pairs.texts.pooled:
         sizes["text"] = next(iter(pairs.texts.pooled.values())).shape[1]
     else:
@@ -163,13 +194,13 @@ def make_sides(pairs: Pairs, settings: Mapping[str, Any], dtype: Any) -> Sides:
 
     def train(key: Key, batch: Batch) -> PyTree:
         keys = jax.random.split(key, 3)
-        inputs = image_train(keys[0], batch) | _drawn_caption(keys[1], batch)
+        inputs = image_train(keys[0], batch) | drawn_caption(keys[1], batch)
         if rate:
-            inputs = _empty_some(keys[2], inputs, rate, empty)
+            inputs = empty_some(keys[2], inputs, rate, empty)
         return inputs
 
     def plain(batch: Batch) -> PyTree:
-        return image_plain(batch) | {k: batch[k] for k in ("text", "text_ids", "text_mask", "caption_id") if k in batch}
+        return image_plain(batch) | {k: batch[k] for k in TEXT_ENTRIES if k in batch}
 
     return Sides(train, plain, sizes, options)
 
@@ -179,9 +210,9 @@ def vocabulary_of(pairs: Pairs) -> int:
     return int(pairs.texts.fingerprint.rsplit("-", 1)[-1])
 
 
-def _drawn_caption(key: Key, batch: Batch) -> dict[str, Array]:
+def drawn_caption(key: Key, batch: Batch) -> dict[str, Array]:
     """One caption an image; `caption_id` goes with it."""
-    names = [k for k in ("text", "text_ids", "text_mask", "caption_id") if k in batch]
+    names = [k for k in TEXT_ENTRIES if k in batch]
     if batch["caption_id"].ndim == 1:
         return {k: batch[k] for k in names}
     size, several = batch["caption_id"].shape
@@ -190,15 +221,22 @@ def _drawn_caption(key: Key, batch: Batch) -> dict[str, Array]:
     return {k: take(batch[k]) for k in names}
 
 
-def _empty_some(key: Key, inputs: dict[str, Array], rate: float, empty: np.ndarray | None) -> dict[str, Array]:
-    """Captions replaced by the empty one with probability `rate`; these are no negatives of each other (one id)."""
+def empty_some(key: Key, inputs: dict[str, Array], rate: float, empty: np.ndarray | None) -> dict[str, Array]:
+    """Captions replaced by the empty one with probability `rate`; these are no negatives of each other (one id).
+
+    Pooled text: `empty` [D_text]. Token ids: start and end token alone. States of all positions: the start token's
+    alone, which of a causal tower cannot know the caption."""
     drop = jax.random.bernoulli(key, rate, inputs["caption_id"].shape)
     out = dict(inputs)
     if "text" in inputs:
         out["text"] = jnp.where(drop[:, None], jnp.asarray(empty)[None, :], inputs["text"])
-    else:  # start and end tokens stand first: an empty caption is the first two positions
-        short = jnp.arange(inputs["text_mask"].shape[1]) < 2
-        out["text_mask"] = jnp.where(drop[:, None], short[None, :], inputs["text_mask"])
+    else:
+        mask, place = inputs["text_mask"], jnp.arange(inputs["text_mask"].shape[1])
+        out["text_mask"] = jnp.where(drop[:, None], (place < (2 if "text_ids" in inputs else 1))[None, :], mask)
+    if "text_ids" in inputs:
+        ids, last = inputs["text_ids"], jnp.sum(mask.astype(jnp.int32), axis=1) - 1
+        end = jnp.take_along_axis(ids, last[:, None], axis=1)
+        out["text_ids"] = jnp.where(drop[:, None] & (place == 1)[None, :], end, ids)
     return out | {"caption_id": jnp.where(drop, jnp.int32(2**30), inputs["caption_id"])}
 
 

@@ -16,7 +16,7 @@ from protojax.config import Component, Config, check_options, options_of
 from protojax.schedules import make_schedule
 
 # Arguments that the experiment supplies itself: no options of a configuration.
-GIVEN = ("inputs", "dtype", "rngs", "engine", "total_steps", "root", "self", "depths")
+GIVEN = ("inputs", "dtype", "rngs", "engine", "total_steps", "root", "self", "depths", "mask_token")
 
 
 class Workload(NamedTuple):

@@ -18,7 +18,7 @@ from protojax.api import Array, Batch, Encoder, Estimator, EstimatorSpec, Key, P
 from protojax.config import Component, Config, component
 from protojax.data import prompts_cache, sampler
 from protojax.data.prompts_records import feature_records, feature_table
-from protojax.data.prompts_sources import SOURCES
+from protojax.data.prompts_sources import SOURCES as CACHES
 from protojax.data.records import Records
 from protojax.estimators.prompt_offsets import learned_offsets, online_em
 from protojax.evals import detectors
@@ -28,9 +28,11 @@ from protojax.schedules import check_choice
 from protojax.workloads import base
 from protojax.workloads.prompts_evaluation import e_step_of, prompts_evaluation, prompts_made, similarity_of, tested
 from protojax.workloads.prompts_protocol import Opened, with_protocol
+from protojax.workloads.prompts_towers import open_towers
 
 SINKHORN_ROUNDS = 10
 MOVERS = ("optimiser", "online_em")
+SOURCES: dict[str, Callable[..., prompts_cache.FeatureCache]] = {**CACHES, "towers": open_towers}
 
 
 # ------------------------------------------------------------------------------------------------ components
@@ -56,7 +58,7 @@ def mixture(
     offsets: str = "optimiser",
     strength: float = 1.0,
     eta: float = 0.1,
-    usage_half_life: float = 1.0,
+    usage_half_life: float = 2.0,
     usage_prior: tuple[float, ...] = (),
     **options: Any,
 ) -> Mixture:
@@ -170,15 +172,18 @@ def build(config: Config) -> Recipe:
     prior = prior_of(mix, len(cache.class_names))
     if prior is not None:
         constants["prior"] = prior
-    found = _sources(config, cache, table.first)
+    if cache.tower is not None:
+        constants["tower"] = cache.tower.variables
+    found = _sources(config, opened, table.first)
     steps = base.total_steps(config, found["train"].spec.size)
     optimizer, learning_rate, clip_norm = base.optimiser(config, steps)
     objective = prompts(options=options, total_steps=steps)
     if mix.offsets == "online_em":
         objective = objective._replace(terms=None)  # no parameter: gradients that are 0 say nothing about the terms
+    parts = tested(cache, constants, options, data, mix.offset_std, opened.unseen)
     return Recipe(
         sources=found,
-        views=lambda key, batch: batch,
+        views=partial(_views, cache.tower),
         teacher_views=lambda inputs: inputs,
         plain_view=lambda batch: batch,
         encoder=Encoder(lambda key, inputs: {"params": {}, "stats": {}}, _frozen),
@@ -192,9 +197,7 @@ def build(config: Config) -> Recipe:
             "tau": lambda step: options.tau(step / steps),
             "sharpness": lambda step: options.scale / options.tau(step / steps),
         },
-        evaluations=(
-            prompts_evaluation(tested(cache, constants, options, data, mix.offset_std, opened.unseen), steps),
-        ),
+        evaluations=(prompts_evaluation(parts, steps),),
         describe=lambda S: {k: S["shared"][k] for k in ("usage", "potential") if k in S["shared"]},
         diagnose=detectors.Diagnosis(warmup_steps=round(0.1 * steps)),
         total_steps=steps,
@@ -202,6 +205,7 @@ def build(config: Config) -> Recipe:
         constants=constants,
         spec=EstimatorSpec(dim=table.features.shape[1], rows=data.batch_size, total_steps=steps),
         clip_norm=clip_norm,
+        best="" if parts.held is None else "prompts/validation/top1",
     )
 
 
@@ -216,8 +220,8 @@ def _estimator(mix: Mixture, steps_per_epoch: int) -> Estimator:
     return learned_offsets(**given, rebalance=rebalance, rebalance_steps=steps_per_epoch)
 
 
-def _sources(config: Config, cache: prompts_cache.FeatureCache, first: Mapping[str, int]) -> dict[str, Any]:
-    data = config.data
+def _sources(config: Config, opened: Opened, first: Mapping[str, int]) -> dict[str, Any]:
+    data, cache = config.data, opened.cache
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     train, test = (feature_records(cache, s, first[s]) for s in (data.train_split, data.test_split))
     counts = {"label": np.bincount(train.labels["label"], minlength=len(cache.class_names))}
@@ -226,23 +230,33 @@ def _sources(config: Config, cache: prompts_cache.FeatureCache, first: Mapping[s
         size = config.evals.batch_size
         return sampler.make_source(split, batch_size=size, shuffle=False, remainder="pad", counts=counts, **process)
 
+    seen = feature_records(cache, data.train_split, first[data.train_split], opened.train_rows)
     shuffled = sampler.make_source(
-        train, batch_size=data.batch_size, seed=config.seed, shuffle=True, remainder="wrap", **process
+        seen, batch_size=data.batch_size, seed=config.seed, shuffle=True, remainder="wrap", **process
     )
     return {"train": shuffled, "bank": ordered(train), "test": ordered(test)}
 
 
+def _views(tower: prompts_cache.Tower | None, key: Key, batch: Batch) -> Batch:
+    """The batch; with a tower in the step also 'feature' [B,D], what it says of the batch's pictures (or crops)."""
+    if tower is None:
+        return batch
+    found = tower.features(batch["constants"]["tower"], key, batch["image"])
+    return {**batch, "feature": jax.lax.stop_gradient(found)}
+
+
 def _frozen(variables: PyTree, batch: Batch, train: bool, key: Key | None) -> tuple[dict[str, Array], PyTree]:
-    """The 'network': a look-up in the table of features."""
-    image = batch["constants"]["features"][batch["row"]].astype(jnp.result_type(float))
+    """The 'network': the features that a tower made in this step, else a look-up in the table."""
+    found = batch["feature"] if "feature" in batch else batch["constants"]["features"][batch["row"]]
+    image = found.astype(jnp.result_type(float))
     return {"image": image[None], "backbone": image[None]}, {}
 
 
-def _rows(options: PromptOptions, steps: int, embeddings: Mapping[str, Array], batch: Batch, head: PyTree) -> dict[
+def _rows(options: PromptOptions, steps: int, inputs: Batch, batch: Batch, head: PyTree) -> dict[
     str, Array]:  # fmt: skip
     """Rows for the estimator: features, labels, and the offsets of each image's class where they are parameters."""
     constants, labels = batch["constants"], batch["label"]
-    rows = {"features": _frozen({}, batch, False, None)[0]["image"][0], "labels": labels,
+    rows = {"features": _frozen({}, inputs, False, None)[0]["image"][0], "labels": labels,
             "mask": batch["mask"].astype(bool), "base": constants["base"], "centre": constants["centre"]}  # fmt: skip
     if "prior" in constants:
         rows["prior"] = constants["prior"]
@@ -259,7 +273,7 @@ def _assign(options: PromptOptions, own: Array, usage: Array, potential: Any, ro
     data = PromptData(rows["features"], rows["labels"], rows["mask"], rows["base"], rows["centre"], usage, potential,
                       rows.get("prior"))  # fmt: skip
     prompts_y = prompt_ops.prompts_of(rows["base"][rows["labels"]], own)
-    return e_step(prompts_y, data, options, options.tau(rows["fraction"])).assignment
+    return e_step(prompts_y, data, options, options.tau(rows["fraction"]), rows["fraction"]).assignment
 
 
 def _initial(mix: Mixture, key: Key, constants: Mapping[str, Array]) -> Array:

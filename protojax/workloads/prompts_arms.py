@@ -25,7 +25,8 @@ def _untrained(c: ml_collections.ConfigDict) -> None:
 
 PUBLISHED_TEMPERATURES = _set(cls_temperature=0.07, tau_end=0.05, hard_assignment=False, usage_half_life=1.0)
 ORIGINAL = together(
-    PUBLISHED_TEMPERATURES, _set(offset_init="normal", offset_std=0.01, e_step_centre="none", balance="none")
+    PUBLISHED_TEMPERATURES,
+    _set(offset_init="normal", offset_std=0.01, e_step_centre="none", balance="none", offset_penalty=1e-3),
 )
 
 ARMS: dict[str, Change] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +30,7 @@ from protojax.api import (
     TrainState,
 )
 from protojax.config import Component, Config, check_options, options_of
-from protojax.data import longtail, views
+from protojax.data import longtail, masking, views
 from protojax.evals import detectors, table
 from protojax.models.encoder import BACKBONES, make_encoder
 from protojax.models.heads import HEADS
@@ -46,7 +47,7 @@ ESTIMATORS: dict[str, Callable[..., Estimator]] = {
     )
 }
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    name: getattr(objective_lib, name) for name in ("carp", "dino", "koleo_proto", "swav")
+    name: getattr(objective_lib, name) for name in ("carp", "dino", "ibot", "koleo_proto", "swav")
 }
 
 
@@ -67,7 +68,8 @@ def build(config: Config) -> Recipe:
     dtype = jnp.dtype(method.dtype)
     large, small = part("views", method.views, VIEWS)
     steps = base.total_steps(config, found["train"].spec.size)
-    encoder = _encoder(config, dtype)
+    hidden = next((c.options for c in method.objective.values() if c.name == "ibot"), None)
+    encoder = _encoder(config, dtype, patches=hidden is not None)
     estimator: Estimator = part("estimator", method.estimator, ESTIMATORS)
     if method.logit_center is not None:
         estimator = estimator_lib.with_logit_center(estimator, method.logit_center, features=reading(config))
@@ -79,13 +81,14 @@ def build(config: Config) -> Recipe:
         terms[name] = (weight, part("objective", component, OBJECTIVES, **timed))
         _check_block(name, component, method.estimator)
     objective: Objective = objective_lib.combine(total_steps=steps, **terms)
-    objective_lib.check_inputs(objective, _available(estimator))
+    objective_lib.check_inputs(objective, _available(estimator, *(() if hidden is None else ("tokens",))))
     if method.products != "float32":
         estimator, objective = _in_products(estimator, objective, method.products)
+    made = views.make_views(large, small, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype, matmul_dtype=dtype)
     optimizer, learning_rate, clip_norm = base.optimiser(config, steps)
     return Recipe(
         sources=found,
-        views=views.make_views(large, small, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype, matmul_dtype=dtype),
+        views=made if hidden is None else _with_hidden_patches(made, config, hidden),
         teacher_views=views.teacher_views,
         plain_view=lambda batch: views.plain_view(batch, large.size, IMAGENET_MEAN, IMAGENET_STD, dtype=dtype),
         encoder=encoder,
@@ -141,11 +144,31 @@ def reading(config: Config) -> str:
     return "unit" if option is None else part.options.get("features", option.default)
 
 
-def _available(estimator: Estimator) -> list[str]:
-    """Names of what the step gives to an objective."""
+def _with_hidden_patches(made: Callable, config: Config, options: Mapping[str, Any]) -> Callable:
+    """The views with 'masked' [V,B,n]: patches of the global views that the student does not see."""
+    known = {k: options.get(k, p.default) for k, p in options_of(OBJECTIVES["ibot"]).items()}
+    backbone = config.method.backbone
+    size = backbone.options.get("patch_size", options_of(BACKBONES[backbone.name])["patch_size"].default)
+
+    def views_(key: Any, batch: Batch) -> PyTree:
+        found = made(key, batch)
+        count, images, height, width = found["global"].shape[:4]
+        grid = height // size, width // size
+        key = jax.random.fold_in(key, zlib.crc32(b"patches"))
+        return {
+            **found,
+            "masked": masking.block_positions(key, count, images, grid, known["ratio"], known["blocks"]),
+        }
+
+    return views_
+
+
+def _available(estimator: Estimator, *embeddings: str) -> list[str]:
+    """Names of what the step gives to an objective; embeddings: beside that of the image."""
     spec = EstimatorSpec(dim=8, rows=8, total_steps=1)
     head = jax.eval_shape(lambda: estimator.head(jax.random.key(0), spec))
-    return base.input_names("student/image", "teacher/image", *(f"head/{name}" for name in head))
+    sides = [f"{side}/{name}" for side in ("student", "teacher") for name in ("image", *embeddings)]
+    return base.input_names(*sides, *(f"head/{name}" for name in head))
 
 
 def teacher_rows(embeddings: Mapping[str, Array], batch: Batch, head: PyTree = None) -> dict[str, Array]:
@@ -158,12 +181,13 @@ def teacher_rows(embeddings: Mapping[str, Array], batch: Batch, head: PyTree = N
     return {"features": image.reshape(count * views_, dim), "mask": mask.reshape(count * views_), **offset}
 
 
-def _encoder(config: Config, dtype: Any) -> Encoder:
+def _encoder(config: Config, dtype: Any, patches: bool = False) -> Encoder:
     backbone, head = config.method.backbone, config.method.head
     check_options("backbone", backbone.name, BACKBONES, backbone.options, GIVEN)
     check_options("head", head.name, HEADS, head.options, GIVEN)
     clean = [{k: v for k, v in part.options.items() if v is not None} for part in (backbone, head)]
-    return make_encoder(backbone.name, head.name, backbone_options=clean[0], head_options=clean[1], dtype=dtype)
+    return make_encoder(backbone.name, head.name, backbone_options=clean[0], head_options=clean[1], dtype=dtype,
+                        patches=patches)  # fmt: skip
 
 
 def _evaluations(config: Config, found: Mapping[str, Source]) -> tuple[Evaluation, ...]:

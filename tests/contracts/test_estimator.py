@@ -39,6 +39,9 @@ BUILDERS = {
     ),
     "balanced": lambda k: balanced(k, temperature=("exponential", 0.1, 0.02), prior_exponent=0.5),
     "balanced_every": lambda k: balanced(k, every=2, start="random"),
+    "balanced_estimated": lambda k: balanced(k, prior="estimated", every=0),
+    "balanced_split": lambda k: balanced(k, split_merge=3, merge_within=0.5, restructure_from=0.0),
+    "balanced_adapt": lambda k: balanced(k, adapt=3, every=2, restructure_from=0.0, memory=64),
     "capi": lambda k: capi(k),
     "centered": lambda k: with_logit_center(balanced(k), 0.5),
     "spherical_kmeans": lambda k: spherical_kmeans(k),
@@ -48,9 +51,9 @@ BUILDERS = {
     "queue_sinkhorn": lambda k: queue_sinkhorn(k),
     "coupled": lambda k: coupled(k, coupling=0.5),
 }
-# Revival picks components by rank and rows at random, so that it commutes with permutations in distribution only.
+# Revival and restructuring draw components and rows, so that they commute with permutations in distribution only.
 LEARNED = ("learned", "capi", "queue_sinkhorn", "coupled")
-PERMUTABLE = [name for name in BUILDERS if name != "mixture_diag"]
+PERMUTABLE = [name for name in BUILDERS if name not in ("mixture_diag", "balanced_split", "balanced_adapt")]
 
 
 def rows_of(key, count=N, mask=None, offset=2.0):
@@ -111,7 +114,7 @@ def test_state_codebooks_and_information(name, key):
         assert book.bias.shape == (K,)
         np.testing.assert_allclose(np.linalg.norm(book.prototypes, axis=1), 1.0, rtol=1e-5)
         assert np.isfinite(np.asarray(book.bias)).all()
-    assert set(describe(S)) <= {"usage", "center"}
+    assert set(describe(S)) <= {"usage", "center", "active"}
 
 
 def test_statistics_are_sums_over_unmasked_rows(name, key):
@@ -213,6 +216,9 @@ def test_target_of_learned_heads_is_cut_off(key):
         (lambda: balanced(8, memory=15), "at least 2 x components = 16 rows"),
         (lambda: balanced(8, prior_exponent=-1.0), "prior_exponent: expected a finite number of at least 0"),
         (lambda: balanced(8, start="kmeans"), r"start.*did you mean 'kmeans\+\+'"),
+        (lambda: balanced(8, prior="estimate"), r"prior.*did you mean 'estimated'"),
+        (lambda: balanced(8, prior="estimated", prior_exponent=1.0), "prior='estimated' takes no prior_exponent"),
+        (lambda: balanced(8, adapt=2, split_merge=2), "adapt needs equal masses and no split_merge"),
         (lambda: capi(8, target_temperature=0.0), "target_temperature: expected a positive number"),
         (lambda: spherical_kmeans(8, start="kmean++"), r"spherical_kmeans, start.*did you mean 'kmeans\+\+'"),
         (lambda: periodic_kmeans(8, memory=7), r"at least as many rows as components \(8\), got 7"),

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from protojax.api import Codebook, EstimatorSpec
+from protojax.api import OFF, Codebook, EstimatorSpec
 from protojax.estimators import balanced, capi, coupled, learned, mixture, queue_sinkhorn, with_logit_center
-from protojax.objectives import carp, check_inputs, combine, dino, input_names, koleo_proto, swav
+from protojax.objectives import carp, check_inputs, combine, dino, ibot, input_names, koleo_proto, swav
 
 V, T, B, D, K = 4, 2, 6, 8, 12
 SPEC = EstimatorSpec(dim=D, rows=T * B, total_steps=10)
@@ -20,6 +20,7 @@ BUILDERS = {
     "carp_unit": lambda: carp(block=6, temperature=0.2, teacher_temperature=0.1),
     "dino": lambda: dino(total_steps=10),
     "swav": lambda: swav(),
+    "ibot": lambda: ibot(),
     "koleo": lambda: koleo_proto(tile=5),
     "combined": lambda: combine(
         main=(1.0, carp(block=4)), spread=(("linear", 0.1, 0.0), koleo_proto()), total_steps=10
@@ -40,14 +41,20 @@ def scalar(objective, moving, fixed):
 
 
 def inputs_of(key, mask=None):
-    keys = jax.random.split(key, 5)
+    keys = jax.random.split(key, 7)
     unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     head = unit(jax.random.normal(keys[2], (K, D)))
     target = unit(head + 0.3 * jax.random.normal(keys[3], (K, D)))
     bias = 0.1 * jax.random.normal(keys[4], (K,))
     moving = {
-        "student": {"image": jax.random.normal(keys[0], (V, B, D))},
-        "teacher": {"image": jax.random.normal(keys[1], (T, B, D))},
+        "student": {
+            "image": jax.random.normal(keys[0], (V, B, D)),
+            "tokens": jax.random.normal(keys[5], (T, B, 3, D)),
+        },
+        "teacher": {
+            "image": jax.random.normal(keys[1], (T, B, D)),
+            "tokens": jax.random.normal(keys[6], (T, B, 3, D)),
+        },
         "target": Codebook(target, bias),
         "prediction": Codebook(head, jnp.zeros(K)),
     }
@@ -91,14 +98,14 @@ def test_masked_rows_count_zero(name, key):
     _, value_and_grad = built(name)
     mask = np.arange(B) < 4
     moving, fixed = inputs_of(key, mask)
-    poison = lambda x: jnp.where(jnp.asarray(mask)[None, :, None], x, jnp.nan)  # noqa: E731
-    views = {"student": {"image": poison(moving["student"]["image"])}, "teacher": {"image": moving["teacher"]["image"]}}
+    poison = lambda x: jnp.where(mask.reshape((1, B) + (1,) * (x.ndim - 2)), x, jnp.nan)  # noqa: E731
+    views = {"student": jax.tree.map(poison, moving["student"])}
     (loss, _), gradient = value_and_grad(moving, fixed)
     (poisoned, _), poisoned_gradient = value_and_grad({**moving, **views}, fixed)
     np.testing.assert_array_equal(loss, poisoned)
-    np.testing.assert_array_equal(gradient["student"]["image"], poisoned_gradient["student"]["image"])
-    assert not np.any(np.asarray(gradient["student"]["image"])[:, ~mask])
-    short = {k: {"image": v["image"][:, :4]} for k, v in moving.items() if k in ("student", "teacher")}
+    jax.tree.map(np.testing.assert_array_equal, gradient["student"], poisoned_gradient["student"])
+    assert not any_nonzero(jax.tree.map(lambda x: x[:, ~mask], gradient["student"]))
+    short = {k: jax.tree.map(lambda x: x[:, :4], moving[k]) for k in ("student", "teacher")}
     (alone, _), _ = built(name)[1]({**moving, **short}, {**fixed, "mask": jnp.ones(4, bool)})
     np.testing.assert_allclose(loss, alone, rtol=1e-5)
     (nothing, metrics), gradient = value_and_grad(moving, {**fixed, "mask": jnp.zeros(B, bool)})
@@ -145,3 +152,29 @@ def test_missing_inputs_fail_at_build_time_with_both_lists(key):
     decoupled = {**shapes, "head": {"prototypes": {}, "objective": {}}}
     with pytest.raises(ValueError, match=r"head/prototypes: prototypes are not learned in a decoupled arm.*'learned'"):
         check_inputs(combine(carp=(1.0, carp()), koleo=(0.1, koleo_proto())), decoupled)
+
+
+@pytest.mark.parametrize("name", ["dino", "swav", "ibot"])
+def test_a_prototype_that_is_switched_off_is_not_there(name, key):
+    """Three prototypes more, their bias OFF, wherever they point: the same loss and gradients."""
+    _, value_and_grad = built(name)
+    moving, fixed = inputs_of(key)
+    off = jnp.concatenate([moving["target"].prototypes[:2], -moving["target"].prototypes[:1]])
+    wider = {
+        k: Codebook(jnp.concatenate([moving[k].prototypes, off]), jnp.concatenate([moving[k].bias, jnp.full(3, OFF)]))
+        for k in ("target", "prediction")
+    }
+    (loss, _), gradient = value_and_grad(moving, fixed)
+    (same, _), wide = value_and_grad({**moving, **wider}, fixed)
+    np.testing.assert_allclose(same, loss, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient["student"], wide["student"])
+    assert not np.any(np.asarray(wide["prediction"].prototypes)[K:])
+
+
+def test_logit_centre_leaves_switched_off_what_is(key):
+    estimator = with_logit_center(balanced(K, adapt=1, memory=4 * K, start="random"))
+    S = estimator.init(key, SPEC)
+    S["components"]["active"] = jnp.arange(K) < 5
+    target, prediction = estimator.codebooks(S, {})
+    for book in (target, prediction):
+        np.testing.assert_array_equal(np.asarray(book.bias) == OFF, np.arange(K) >= 5)

@@ -172,3 +172,26 @@ def test_embedded_photographs():
     nearest = ((x**2).sum(1)[:, None] - 2.0 * x @ y.T + (y**2).sum(1)[None]).argmin(1)
     assert (bank["coarse"][nearest] == test.labels["coarse"][rows]).mean() > 3 / 43
     assert open_records("embedded", "train") is train  # decoded once a process
+
+
+def test_a_condition_on_an_array_cuts_one_split_into_two(tmp_path, images):
+    """The two parts share the classes, hold every row once, and keep its image and label."""
+    drawer, labels = np.array([3, 1, 2, 1, 3, 2, 1, 1, 2], np.int8), np.arange(9) % 4
+    path = _save(tmp_path / "a.npz", ev_images=images, ev_labels=labels, ev_drawer=drawer, ev_wide=np.zeros((9, 2)))
+    first, second = (open_records("npz", f"ev[drawer{sign}2]", root=path) for sign in ("<=", ">"))
+    assert (first.size, second.size) == (7, 2)
+    assert first.classes == second.classes
+    for part, rows in ((first, drawer <= 2), (second, drawer > 2)):
+        found = part.take(np.arange(part.size))
+        np.testing.assert_array_equal(found["image"], images[rows])
+        np.testing.assert_array_equal(found["fine"], labels[rows])
+    for split, message in {
+        "ev[hand<=2]": "no array 'ev_hand' to choose rows by; it has: images, labels, drawer, wide",
+        "ev[drawer>3]": r"no image fulfils 'ev\[drawer>3\]'; ev_drawer goes from 1 to 3",
+        "ev[wide==0]": r"must hold one integer an image \(9\)",
+        "ev[drawer=2]": "has no split",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            open_records("npz", split, root=path)
+    with pytest.raises(ValueError, match="exclude one another"):
+        open_records("npz", "ev[drawer<=2]", root=path, subset="few")

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from protojax.evals.attainable import attainable
 from protojax.evals.audit import audit, live_mask, perplexity, random_unique, unique_counts, usage
 
 
@@ -201,3 +202,15 @@ def test_counts_at_each_epsilon_equal_counts_alone():
     alone = {name: count for e in epsilons for name, count in unique_counts(rows, (e,)).items()}
     assert unique_counts(rows, epsilons) == alone
     assert list(alone) == ["0.025", "0", "0.5", "0.0001"]
+
+
+def test_attainable_counts_are_those_of_the_features_directions():
+    """Three directions, twenty rows each: however many centres are asked for, three can be told apart and live."""
+    rows = np.repeat(np.eye(5)[:3], 20, axis=0) * np.random.default_rng(0).uniform(0.5, 2.0, (60, 1))
+    found = attainable(rows, 10)
+    assert found["features"] == {e: 3 for e in ("0.025", "0.1", "0.25", "0.5")}
+    assert found["kmeans"]["unique"]["0.5"] == found["kmeans"]["live_unique"]["0.5"] == found["kmeans"]["live"] == 3
+    assert found["kmeans"]["count"] == 10
+    assert found["kmeans"]["coverage"] == pytest.approx(1.0)
+    few = attainable(rows[:2], 10)  # fewer rows than prototypes
+    assert (few["kmeans"]["count"], few["kmeans"]["live"]) == (2, 1)

@@ -101,7 +101,7 @@ def test_a_file_is_loaded_and_named_after_itself(tmp_path):
         ('{"groups": "few"}', ValueError, "protocol.groups: expected 'inat' or 'terciles'"),
         ('{"temperature": 0}', ValueError, "protocol.temperature: expected a positive number"),
         ('{"seed": -1}', ValueError, "protocol.seed: expected a number >= 0"),
-        ('{"checkpoint": "best"}', ValueError, "protocol.checkpoint: expected 'last' or a step, got 'best'"),
+        ('{"checkpoint": "worst"}', ValueError, "protocol.checkpoint: expected 'last', 'best' or a step, got 'worst'"),
         ('{"evaluations": {}}', TypeError, "expected a non-empty mapping"),
         ('{"evaluations": {"knnn": {}}}', ValueError, r"unknown evaluation 'knnn' \(did you mean 'knn'\?\)"),
         ('{"evaluations": {"knn": {"k": 3}}}', ValueError, "evaluation 'knn' has no option 'k'"),

@@ -49,9 +49,11 @@ def test_a_constant_side_is_exactly_at_chance_in_every_prefix():
     for side, d, k in itertools.product(("i2t", "t2i", "repeated"), ("8", "4", "2"), ("1", "5", "10")):
         result = found["i2t"][d] if side == "repeated" else alone[side][d]
         assert result["recall"][k] == pytest.approx(result["chance"][k], rel=1e-9)
-    by_hand = (10 * (5 / 12) + 2 * (1 - math.comb(10, 5) / math.comb(12, 5))) / 12
-    assert found["chance"]["5"] == pytest.approx(by_hand, rel=1e-9)
-    assert found["i2t"]["8"]["mean_rank"] == pytest.approx((10 * 6.5 + 2 * (1 + 10 / 3)) / 12)
+    # Twelve images and eleven texts: one text has two images.
+    by_hand = (10 * (5 / 12) + (1 - math.comb(10, 5) / math.comb(12, 5))) / 11
+    assert found["t2i"]["8"]["chance"]["5"] == pytest.approx(by_hand, rel=1e-9)
+    assert found["i2t"]["8"]["chance"]["5"] == pytest.approx(5 / 11, rel=1e-9)
+    assert found["i2t"]["8"]["mean_rank"] == pytest.approx(6.0)
 
 
 def test_equal_pairs_are_found_and_prefixes_are_renormalised():
@@ -65,6 +67,16 @@ def test_equal_pairs_are_found_and_prefixes_are_renormalised():
     assert several["t2i"]["8"]["gallery"] == 4
     assert several["i2t"]["8"]["gallery"] == 12
     assert several["r1"]["8"] == 1.0
+    # A repeated caption stands once in the gallery, so that five places hold five texts.
+    ids = np.asarray([0, 0, 0, *range(3, 12)])
+    repeated = pair_retrieval(rows(4), rows(5)[ids], ids, widths=(8,))
+    assert repeated["i2t"]["8"]["gallery"] == 10
+    assert repeated["t2i"]["8"]["queries"] == 10
+    assert repeated["t2i"]["8"]["gallery"] == repeated["i2t"]["8"]["queries"] == 12
+    # One caption of two images, one image of two captions: found from either side.
+    both = pair_retrieval(rows(6, 3)[[0, 0, 1]], rows(6, 3)[[0, 1, 1]], np.asarray([0, 1, 1]), np.asarray([0, 0, 1]),
+                          widths=(8,))  # fmt: skip
+    assert both["t2i"]["8"]["recall"]["1"] == both["i2t"]["8"]["recall"]["1"] == 1.0
     zero = zero_shot(image, np.repeat(np.arange(4), 3), image[::3], widths=(8,))
     assert zero["accuracy"]["8"] == 1.0
     assert zero["chance"] == 0.25

@@ -69,7 +69,7 @@ def test_calibration_tempers_with_rows_that_are_neither_fitted_nor_tested(key):
 def test_evaluations_that_need_labels_are_left_out_without_labels():
     everything = {name: {} for name in EVALUATIONS}
     names = [e.name for e in make_evaluations(everything, SETTING._replace(labels=(), groups={}))]
-    assert names == ["prototypes", "rank", "geometry"]
+    assert names == ["prototypes", "attainable", "rank", "geometry"]
     assert {e.name for e in make_evaluations(everything, SETTING)} == set(EVALUATIONS)
     assert set(names).isdisjoint(NEEDS_LABELS)
     assert set(EVALUATIONS) >= NEEDS_CODEBOOK

@@ -175,3 +175,47 @@ def test_tokens_need_a_backbone_that_has_them(key):
     inputs = _inputs(key)
     with pytest.raises(ValueError, match="tokens=True needs a backbone with patch tokens"):
         jax.eval_shape(lambda k: encoder.apply(encoder.init(k, inputs), inputs, False, None), key)
+
+
+# ------------------------------------------------------------------------------------------------- hidden patches
+def test_what_is_hidden_does_not_reach_the_embeddings_and_what_is_asked_is_projected(key):
+    """Pixels under hidden patches change nothing at all; those of other patches do. The teacher's `patches` are the
+    tokens of the whole image through the patch head, in the order asked for."""
+    encoder = _encoder(VIT, patches=True)
+    inputs = {"global": _inputs(key, 3)["global"]}
+    masked = jnp.asarray(np.stack([[[0, 3], [1, 2], [2, 3]], [[0, 1], [1, 3], [0, 2]]]), jnp.int32)
+    variables = jax.jit(encoder.init)(key, inputs)
+    apply = jax.jit(lambda v, x: encoder.apply(v, x, False, None)[0])
+    seen = apply(variables, {**inputs, "masked": masked})
+    assert seen["tokens"].shape == (2, 3, 2, 4)
+    images = np.array(inputs["global"])
+    other = images.copy()
+    for view in range(2):
+        for image in range(3):
+            for patch in np.asarray(masked[view, image]):
+                row, column = divmod(int(patch), 2)
+                other[view, image, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1.0
+    again = apply(variables, {"global": jnp.asarray(other), "masked": masked})
+    jax.tree.map(np.testing.assert_array_equal, seen, again)
+    whole, moved = (apply(variables, {"global": x})["image"] for x in (inputs["global"], jnp.asarray(other)))
+    assert np.abs(moved - whole).max() > 0.01 * np.abs(whole).max()  # the same pixels, not hidden
+
+    asked = apply(variables, {**inputs, "patches": masked})
+    assert set(apply(variables, inputs)) == {"image", "backbone"}
+    np.testing.assert_allclose(asked["image"], apply(variables, inputs)["image"], atol=1e-6)
+    turned = apply(variables, {**inputs, "patches": masked[:, :, ::-1]})
+    np.testing.assert_allclose(turned["tokens"], asked["tokens"][:, :, ::-1], atol=1e-6)
+    assert np.abs(asked["tokens"] - seen["tokens"]).max() > 0.01 * np.abs(asked["tokens"]).max()
+
+
+def test_patches_are_refused_where_they_cannot_be(key):
+    with pytest.raises(ValueError, match="patches=True needs a backbone with patch tokens"):
+        make_encoder("resnet18", patches=True)
+    encoder = _encoder(VIT, patches=True)
+    inputs = {"global": _inputs(key, 3)["global"], "masked": jnp.zeros((3, 2, 1), jnp.int32)}
+    with pytest.raises(ValueError, match=r"'masked' must be positions \[V,B,n\] of the global views \(2, 3\)"):
+        encoder.init(key, inputs)
+    plain = _encoder(VIT)
+    variables = jax.jit(plain.init)(key, {"global": inputs["global"]})
+    with pytest.raises(ValueError, match="from a network with a mask token only"):
+        plain.apply(variables, {"global": inputs["global"], "masked": jnp.zeros((2, 3, 1), jnp.int32)}, False, None)

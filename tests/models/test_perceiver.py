@@ -11,12 +11,13 @@ from protojax.data.pairs_text import pool_states
 from protojax.models.attention_pool import AttentionPool, entropy_ratio
 from protojax.models.functional import functional
 from protojax.models.layers import LayerNorm
-from protojax.models.perceiver import Resampler
-from protojax.models.perceiver_aligner import make_aligner
+from protojax.models.perceiver import Attention, Resampler
+from protojax.models.perceiver_aligner import _measures, make_aligner
 from protojax.models.text import TEXT_POOLS, TextTransformer, check_text_pool, check_token_ids, pool_text
 from protojax.ops.contrastive import nested_contrastive
 
 B, N, D, W = 4, 6, 5, 8
+OPTIONS = {"width": 6, "num_latents": 3, "latent_width": W, "depth": 1, "heads": 2}
 
 
 def network(module, *arguments, **options):
@@ -133,7 +134,62 @@ def test_a_causal_tower_pooled_at_its_start_is_constant_and_the_loss_is_chance()
     assert float(same.losses[0]) == pytest.approx(np.log(8.0), rel=1e-6)
 
 
-OPTIONS = {"width": 6, "num_latents": 3, "latent_width": W, "depth": 1, "heads": 2}
+def test_latents_that_look_alike_and_latents_that_do_not():
+    alike = _measures(jnp.ones((2, 3, W)), Attention(jnp.full((2, 3, N), 1 / N), jnp.ones((2,))))
+    apart = _measures(jnp.eye(W)[None, :3], Attention(jnp.eye(N)[None, :3], jnp.zeros((1,))))
+    for name, same, other in (("identical_maps", 1, 0), ("latent_cosine", 1, 0), ("latent_rank", 1, 3)):
+        np.testing.assert_allclose(alike[name], same, atol=1e-3, err_msg=name)  # the rank of rounding noise is not 1
+        np.testing.assert_allclose(apart[name], other, atol=1e-5, err_msg=name)
+
+
+def test_attention_entropy_is_of_every_head_not_of_their_mean():
+    """Entropy is concave: that of the heads' mean map is at least the mean of theirs, and here more."""
+
+    class Looking(Resampler):
+        def __call__(self, tokens, mask, train=False, key=None):
+            return super().__call__(tokens, mask, maps=True)[1]
+
+    pure = functional(Looking, D, width=W, latents=3, depth=1, heads=4)
+    variables, mask = pure.init(jax.random.key(0)), jnp.arange(N)[None, :] < jnp.asarray([N, N, 3, 1])[:, None]
+    sharp = jax.tree.map(lambda p: 20.0 * p, variables["params"])
+    seen = pure.apply({**variables, "params": sharp}, tokens(), mask)[0]
+    np.testing.assert_allclose(seen.map.sum(-1), 1.0, atol=1e-6)
+    assert not np.any(np.asarray(seen.map)[2, :, 3:])
+    of_mean = np.asarray(entropy_ratio(seen.map, mask))
+    assert np.all(np.asarray(seen.entropy)[:3] < of_mean[:3])
+    assert float(seen.entropy[3]) == 1.0  # a single token: there is nothing to choose
+
+
+def test_a_shared_resampler_reads_text_as_a_set_and_has_one_set_of_latents():
+    encoder = make_aligner({"image": D, "text": 7}, shared_resampler=True, latent_pool="attention", **OPTIONS)
+    states, mask = (
+        jax.random.normal(jax.random.key(5), (B, 5, 7)),
+        jnp.arange(5)[None, :] < jnp.asarray([[5], [3], [2], [1]]),
+    )
+    inputs = {"image_tokens": tokens(), "text_states": states, "text_mask": mask}
+    variables = jax.jit(encoder.init)(jax.random.key(0), inputs)
+    names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(variables["params"])]
+    assert sum("latents" in name for name in names) == 1
+    apply = jax.jit(lambda v, i: encoder.apply(v, i, False, None)[0])
+    found = apply(variables, inputs)
+    np.testing.assert_allclose(jnp.linalg.norm(found["text"], axis=-1), 1.0, atol=1e-6)
+    dirty = inputs | {"text_states": jnp.where(mask[:, :, None], states, jnp.nan)}
+    np.testing.assert_allclose(apply(variables, dirty)["text"], found["text"], atol=1e-6)
+    turned = inputs | {"text_states": states[:, ::-1], "text_mask": mask[:, ::-1]}
+    np.testing.assert_allclose(apply(variables, turned)["text"], found["text"], atol=2e-6)
+
+    def loss(params):
+        out, _ = encoder.apply({**variables, "params": params}, inputs, True, jax.random.key(1))
+        return nested_contrastive(out["image"][0], out["text"], widths=(2, 6), sharpness=4.0).losses.sum()
+
+    bars = jax.jit(jax.grad(loss))(variables["params"])
+    dead = [jax.tree_util.keystr(p) for p, bar in jax.tree_util.tree_leaves_with_path(bars) if not np.any(bar)]
+    assert not dead
+    with pytest.raises(ValueError, match="shared_resampler needs image_path='perceiver', got 'direct'"):
+        jax.eval_shape(
+            make_aligner({"image": D, "text": 7}, shared_resampler=True, image_path="direct", **OPTIONS).init,
+            jax.random.key(0), inputs,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

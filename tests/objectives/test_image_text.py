@@ -41,15 +41,29 @@ def test_every_mode_logs_the_same_names_with_the_same_values():
     assert found["mean"]["contrastive_full"] == pytest.approx(parts[0])
     assert found["mean"]["prefix_objective"] == pytest.approx(sum(parts) / 3)
     assert found["sum"]["prefix_objective"] == pytest.approx(3 * found["mean"]["prefix_objective"])  # sum = P x mean
+    # Every part has its own chance level: what it would be if each prefix's loss were at chance.
+    chance = math.log(B)
+    for mode, widths in (("mean", 1), ("sum", 3), ("single", 1)):
+        assert found[mode]["chance_prefix_objective"] == pytest.approx(widths * chance)
+        assert found[mode]["chance_total"] == pytest.approx((0.25 + widths) * chance)
     drawn = [run(inputs(key=k), prefix_mode="single")[1] for k in range(12)]
     assert {f["sampled_dim"] for f in drawn} == set(DIMS)
     for f in drawn:
         assert f["prefix_objective"] == pytest.approx(f[f"prefix_{int(f['sampled_dim'])}"])
-    # Its expectation over the drawn width is the mean: each width has the same probability.
     assert found["mean"]["loss"] == pytest.approx(0.25 * parts[0] + sum(parts) / 3)
     assert run(inputs(), prefix_mode="none")[1]["prefix_objective"] == 0.0
     weighted = run(inputs(), prefix_weights=(0.0, 0.0, 2.0))[1]
     assert weighted["prefix_objective"] == pytest.approx(parts[2])
+
+
+def test_the_expectation_of_a_drawn_width_is_the_mean():
+    """Each width has the same probability: of 900 draws 300 +- 4 standard errors each, sqrt(900 x 1/3 x 2/3)."""
+    data, objective = inputs(), image_text(width=D, prefix_dims=DIMS, prefix_mode="single")
+    keys = jax.random.split(jax.random.key(7), 900)
+    drawn = jax.jit(jax.vmap(lambda k: objective.loss({}, data | {"key": k})[1]["sampled_dim"][0]))(keys)
+    counts = [int(np.sum(np.isclose(drawn, d))) for d in DIMS]
+    assert sum(counts) == 900
+    assert max(abs(c - 300) for c in counts) < 4 * math.sqrt(200)
 
 
 def test_single_mode_has_the_gradient_of_the_drawn_width_alone():
@@ -62,6 +76,14 @@ def test_single_mode_has_the_gradient_of_the_drawn_width_alone():
     bar = np.asarray(jax.grad(loss)(data["student"]["image"]))[0]
     assert np.all(bar[:, drawn:] == 0.0)
     assert np.all(np.any(bar[:, :drawn] != 0.0, axis=1))
+
+
+def test_constant_embeddings_are_at_the_chance_level_of_every_part():
+    constant = inputs() | {"student": {"image": jnp.ones((B, D)), "text": jnp.ones((B, D))}}
+    for mode in ("mean", "sum", "single", "none"):
+        found = run(constant, prefix_mode=mode)[1]
+        assert found["prefix_objective"] == pytest.approx(found["chance_prefix_objective"], rel=1e-6)
+        assert found["loss"] == pytest.approx(found["chance_total"], rel=1e-6)
 
 
 def test_masked_pairs_weigh_nothing_and_duplicates_lower_chance():

@@ -168,7 +168,7 @@ def test_with_one_prompt_the_mixture_term_is_linear_in_the_images():
 
 # ------------------------------------------------------------------------------------------------- liveness
 EVERY = dataclasses.replace(CURED, diversity_weight=1.0, entropy_weight=1.0, min_usage_weight=1.0,
-                            min_usage_threshold=0.9)  # fmt: skip
+                            min_usage_threshold=0.9, offset_penalty=1e-3)  # fmt: skip
 
 
 def gradient_norms(options: PromptOptions) -> dict[str, float]:
