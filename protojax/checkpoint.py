@@ -13,7 +13,7 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,17 @@ class Checkpoints:
 
     best: {'metric', 'step', 'value'} of the state in the folder `best`; None where there is none."""
 
-    def __init__(self, directory: Path, keep: int = 2, read_only: bool = False, best: str = ""):
+    def __init__(
+        self,
+        directory: Path,
+        keep: int = 2,
+        read_only: bool = False,
+        best: str = "",
+        written: Callable[[Path], None] | None = None,
+    ):
         """keep: how many stay. read_only: for a reader, which must neither make a folder nor tidy up what a running
-        job is just writing. best: the metric whose highest evaluation `offer` keeps beside them; '': none."""
+        job is just writing. best: the metric whose highest evaluation `offer` keeps beside them; '': none. written:
+        told of the folder of each checkpoint whose writing has begun; the folder is there when it is complete."""
         self.directory = Path(os.path.abspath(directory))
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -93,8 +101,8 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
-        self._metric, self.best = best, None
-        self._best = Checkpoints(self.directory.parent / BEST, keep=1) if best else None
+        self._metric, self.best, self._written = best, None, written
+        self._best = Checkpoints(self.directory.parent / BEST, keep=1, written=written) if best else None
         if self._best is not None and (steps := self._best.steps()):
             known: dict[str, Any] = self._best.record(steps[-1])["best"]
             self.best = known if known["metric"] == best else None
@@ -113,6 +121,8 @@ class Checkpoints:
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(safe), record=ocp.args.JsonSave(record))
         with self._writing():
             self._manager.save(step, args=arguments)
+        if self._written is not None:
+            self._written(self.directory / str(step))
 
     def offer(self, step: int, state: PyTree, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Keep this state in `best` when its evaluation is the highest so far (of equal ones the first). Step 0 is a

@@ -157,13 +157,16 @@ class Run:
     """How it runs. Must not change results. checkpoint_every: fraction of the run. on_finding: 'warn' or 'stop'.
 
     best: the metric whose best state is kept, its path in an evaluation ('knn/fine/20', higher is better); None: what
-    the workload says, '': none. What is reported is the last state in any case.
+    the workload says, '': none. What is reported is the last state in any case. mirror: gs://BUCKET/RUN,
+    s3://BUCKET/RUN or a folder: checkpoints and all other files of the workdir are copied there, and a newer copy is
+    fetched first.
     """
 
     log_every: int = 10
     checkpoint_every: float = 0.1
     keep: int = 2
     best: str | None = None
+    mirror: str | None = None
     steps_per_call: int = 1
     progress: bool = True
     on_finding: str = "warn"

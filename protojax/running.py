@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from protojax import __version__, checkpoint, distributed, experiment, metrics, parallel, summary, train
+from protojax import __version__, checkpoint, distributed, experiment, metrics, mirror, parallel, summary, train
 from protojax import step as step_lib
 from protojax.api import Recipe, SourceSpec
 from protojax.config import Config, to_plain
@@ -76,10 +76,16 @@ def train_config(config: Config, workdir: Path, say: Any = print) -> dict[str, A
     Returns the summary. Raises before anything is compiled where shapes and names already tell.
     """
     checkpoint.check_writable(workdir)
-    recipe, workload = build(config), experiment.workload(config.method.workload)
-    options = train.Options(
-        workdir, config.run, config.system, config.evals.every, fingerprint(config), _wandb(config, workdir), say
-    )
+    recipe = build(config)
+    with mirror.following(config.run.mirror if jax.process_index() == 0 else None, workdir, say) as copy:
+        distributed.barrier("mirror")  # what process 0 fetched is there for all
+        return _train(config, recipe, workdir, say, None if copy is None else copy.later)
+
+
+def _train(config: Config, recipe: Recipe, workdir: Path, say: Any, written: Any) -> dict[str, Any]:
+    workload = experiment.workload(config.method.workload)
+    known = (config.run, config.system, config.evals.every, fingerprint(config))
+    options = train.Options(workdir, *known, wandb=_wandb(config, workdir), say=say, written=written)
     # Not over that of a run which has begun: this configuration may be another one, and is then refused.
     begun = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
     if not begun and jax.process_index() == 0:

@@ -34,7 +34,8 @@ WARM_UP_PASSES = 8  # batch-norm moments of the data before the first evaluation
 
 
 class Options(NamedTuple):
-    """What the loop needs beside the recipe. fingerprint: the groups of the configuration that change results."""
+    """What the loop needs beside the recipe. fingerprint: the groups of the configuration that change results. written:
+    told of the folder of every checkpoint whose writing has begun."""
 
     workdir: Path
     run: Run
@@ -43,6 +44,7 @@ class Options(NamedTuple):
     fingerprint: Mapping[str, Any]
     wandb: Any = None
     say: Callable[[str], None] = print
+    written: Callable[[Path], None] | None = None
 
 
 class Result(NamedTuple):
@@ -190,7 +192,7 @@ def run(recipe: Recipe, options: Options) -> Result:
     """
     session = make_session(recipe, options)
     best = recipe.best if options.run.best is None else options.run.best
-    checkpoints = Checkpoints(options.workdir / NEWEST, options.run.keep, best=best)
+    checkpoints = Checkpoints(options.workdir / NEWEST, options.run.keep, best=best, written=options.written)
     try:
         with StopFlag() as stop:
             return _run(session, checkpoints, stop)

@@ -13,7 +13,7 @@ LAYERS = (
     {"api", "config", "schedules", "ops"},
     {"estimators", "objectives", "models", "data", "evals"},
     {"online_mixture", "online_mixture_blocks", "online_mixture_checks"},
-    {"parallel", "parallel_engine", "optim", "metrics", "prefetch", "checkpoint", "distributed", "peers"}
+    {"parallel", "parallel_engine", "optim", "metrics", "prefetch", "checkpoint", "mirror", "distributed", "peers"}
     | {"accumulation", "flops", "gauges", "step", "probing", "train"},
     {
         "experiment",

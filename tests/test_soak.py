@@ -1,7 +1,11 @@
-"""A long run of a tiny model: no memory growth, no second compilation, no drift in the time of a step."""
+"""A long run of a tiny model: no memory growth, no second compilation, no drift in the time of a step.
+
+PROTOJAX_SOAK_STEPS=100000 python -m pytest tests/test_soak.py runs it as long as that (docs/scaling.md has the figures).
+"""
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from protojax import experiment, parallel, train
 from tests.process_worker import linear
 from tests.toy import toy_config, toy_options
 
-STEPS = 5_000
+STEPS = int(os.environ.get("PROTOJAX_SOAK_STEPS", "5000"))
 
 
 def resident() -> float:

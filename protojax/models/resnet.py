@@ -69,8 +69,9 @@ class ResNet(nnx.Module):
 
     depths: blocks a stage; stage s has base width `widths[s]`, all but the first halve the resolution. width:
     multiplier of all widths. stem: 'imagenet' (7x7 stride 2, 3x3 max-pool stride 2) or 'cifar' (3x3 stride 1). norm:
-    'batch' or 'group'. zero_init: see `Block`. momentum: of the running moments. dtype: of activations and products;
-    pooling and `pooled` are float32.
+    'batch' or 'group'. zero_init: see `Block`. momentum: of the running moments. remat: only the blocks' inputs are
+    kept for the backward pass, which computes the blocks again. dtype: of activations and products; pooling and
+    `pooled` are float32.
     Raises ValueError on an unknown stem, kind or norm, width <= 0, and depths and widths of unequal length.
     """
 
@@ -85,6 +86,7 @@ class ResNet(nnx.Module):
         norm: str = "batch",
         zero_init: bool = True,
         momentum: float = 0.9,
+        remat: bool = False,
         channels: int = 3,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -94,7 +96,7 @@ class ResNet(nnx.Module):
         norms = make_norm(norm, dtype=dtype, **options)
         sizes = [max(1, round(base * width)) for base in widths]
         self.channels, self.stem, self.dtype = channels, stem, compute_dtype(dtype)
-        self.pool_dtype = full_dtype(dtype)
+        self.pool_dtype, self.remat = full_dtype(dtype), remat
         kernel, stride = STEMS[stem]
         self.stem_conv = conv(channels, sizes[0], kernel, stride, dtype=dtype, rngs=rngs)
         self.stem_norm = norms(sizes[0], rngs=rngs)
@@ -117,8 +119,22 @@ class ResNet(nnx.Module):
         if self.stem == "imagenet":
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for name in self.blocks:
-            x = getattr(self, name)(x, train=train, mask=mask)
+            block = getattr(self, name)
+            x = _again(block, x, mask) if self.remat and train else block(x, train=train, mask=mask)
         return {"pooled": x.astype(self.pool_dtype).mean((1, 2))}
+
+
+def _again(block: Block, x: Array, mask: Array | None) -> Array:
+    """The block in training, its inside computed again in the backward pass; its running moments move once."""
+    graph, params, stats = nnx.split(block, nnx.Param, nnx.BatchStat)
+
+    def apply(x: Array, params: Any, stats: Any) -> tuple[Array, Any]:
+        inner = nnx.merge(graph, params, stats)
+        return inner(x, train=True, mask=mask), nnx.state(inner, nnx.BatchStat)
+
+    x, moved = jax.checkpoint(apply)(x, params, stats)
+    nnx.update(block, moved)
+    return x
 
 
 def _check(kind: str, stem: str, depths: tuple[int, ...], widths: tuple[int, ...], width: float) -> None:
