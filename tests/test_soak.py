@@ -1,6 +1,6 @@
 """A long run of a tiny model: no memory growth, no second compilation, no drift in the time of a step.
 
-PROTOJAX_SOAK_STEPS=100000 python -m pytest tests/test_soak.py runs it as long as that (docs/scaling.md has the figures).
+PROTOJAX_SOAK_STEPS=100000 python -m pytest tests/test_soak.py: as long as that (figures: docs/scaling.md).
 """
 
 from __future__ import annotations

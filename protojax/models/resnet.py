@@ -126,7 +126,8 @@ class ResNet(nnx.Module):
 
 def _again(block: Block, x: Array, mask: Array | None) -> Array:
     """The block in training, its inside computed again in the backward pass; its running moments move once."""
-    graph, params, stats = nnx.split(block, nnx.Param, nnx.BatchStat)
+    split: Any = nnx.split(block, nnx.Param, nnx.BatchStat)
+    graph, params, stats = split
 
     def apply(x: Array, params: Any, stats: Any) -> tuple[Array, Any]:
         inner = nnx.merge(graph, params, stats)
