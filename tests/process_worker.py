@@ -1,12 +1,14 @@
 """One process of a run of several: real data, estimator, objective, loop and checkpoints around a linear encoder.
 
-python -m tests.process_worker WORKDIR [KEY=VALUE ...]        keys of `toy_config`, as in method__steps=6
+python -m tests.process_worker WORKDIR [KEY=VALUE ...]        keys of `toy_config`, as in method__steps=6; pause=SECONDS
+                                                              before every batch, for who wants to come in between
 """
 
 from __future__ import annotations
 
 import ast
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,16 @@ def linear(recipe: Recipe) -> Recipe:
     )  # fmt: skip
 
 
+def _slow(recipe: Recipe, pause: float) -> Recipe:
+    source = recipe.sources["train"]
+
+    def batch(step: int) -> Any:
+        time.sleep(pause)
+        return source.batch(step)
+
+    return recipe._replace(sources={**recipe.sources, "train": source._replace(batch=batch)}) if pause else recipe
+
+
 def main(arguments: list[str]) -> int:
     workdir = Path(arguments[0])
     changes: dict[str, Any] = {
@@ -72,11 +84,12 @@ def main(arguments: list[str]) -> int:
             changes[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             changes[key] = value
+    pause = changes.pop("pause", 0.0)
     config = toy_config(**changes)
 
     def body() -> int:
         check_writable(workdir)
-        recipe = linear(running.build(config))
+        recipe = _slow(linear(running.build(config)), pause)
         options = train.Options(
             workdir, config.run, config.system, config.evals.every, running.fingerprint(config),
             say=lambda text: print(text, flush=True),
