@@ -5,9 +5,9 @@
     protojax train --config=prompts_quickstart:fine         # 81 fine classes, descriptions, coarse level in the table
     protojax train --config=prompts_quickstart:smoke
 
-Half a minute of one CPU core: top-1 30 % (nearest class mean 18 %, linear probes 24, 26 %), 7.8 of 8 sub-prompts in use. The
-features are unit pixels: a floor, good for seeing what sub-prompts claim. A feature cache of a real tower comes from
-`protojax embed --weights=FOLDER`, and `data.source = component('cache')` reads it (docs/prompts.md).
+Half a minute of one CPU core: top-1 30 % (nearest class mean 18 %, linear probes 24, 26 %), 7.8 of 8 sub-prompts in
+use. The features are unit pixels: a floor, good for seeing what sub-prompts claim. A feature cache of a real tower
+comes from `protojax embed --weights=FOLDER`, and `data.source = component('cache')` reads it (docs/prompts.md).
 """
 
 from ml_collections import ConfigDict
