@@ -25,7 +25,5 @@ def get_config(argument: str = "") -> ConfigDict:
     c.data.test_split = "validation"
     c.method.epochs = float(EPOCHS)
     arms.published_carp(c, PROTOTYPES)
-    arms.apply(c, arm)
-    if "smoke" in flags:
-        arms.smoke(c)
+    arms.apply(c, arm, flags)
     return experiment.fill(c)

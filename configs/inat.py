@@ -37,9 +37,5 @@ def get_config(argument: str = "") -> ConfigDict:
             c.method.backbone = component(name, patch_size=16)
             c.method.optim = component("adamw", peak_lr=5e-4 * BATCH / 256, weight_decay=0.05, clip_norm=3.0)
             c.method.teacher.start = 0.996
-    arms.apply(c, arm)
-    if "ibot" in flags:
-        arms.masked_patches(c)
-    if "smoke" in flags:
-        arms.smoke(c)
+    arms.apply(c, arm, flags)
     return experiment.fill(c)

@@ -62,9 +62,5 @@ def get_config(argument: str = "") -> ConfigDict:
     c.run.checkpoint_every = 0.25
     c.evals.labels = found.get("labels", ("fine",))
     c.evals.groups = "terciles"
-    arms.apply(c, arm)
-    if "ibot" in flags:
-        arms.masked_patches(c)
-    if "smoke" in flags:
-        arms.smoke(c)
+    arms.apply(c, arm, flags)
     return experiment.fill(c)

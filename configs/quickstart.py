@@ -25,7 +25,5 @@ def get_config(argument: str = "") -> ConfigDict:
     c.run.checkpoint_every = 0.25
     c.evals.labels = ("fine", "coarse")
     c.evals.groups = "terciles"
-    arms.apply(c, arm)
-    if "smoke" in flags:
-        arms.smoke(c)
+    arms.apply(c, arm, flags)
     return experiment.fill(c)

@@ -25,7 +25,5 @@ def get_config(argument: str = "") -> ConfigDict:
     if "micro" in flags:
         c.data.batch_size, c.method.epochs, c.method.steps = 128, None, 1500
     arms.small_images(c, prototypes=2048, network="micro" if "micro" in flags else "resnet18")
-    arms.apply(c, arm)
-    if "smoke" in flags:
-        arms.smoke(c)
+    arms.apply(c, arm, flags)
     return experiment.fill(c)

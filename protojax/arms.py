@@ -6,7 +6,7 @@ joint: the optimiser moves the prototypes with the encoder. partial: a teacher-s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import ml_collections
@@ -184,11 +184,15 @@ def masked_patches(c: ml_collections.ConfigDict) -> None:
     c.arm += "_ibot"
 
 
-def apply(c: ml_collections.ConfigDict, arm: str) -> ml_collections.ConfigDict:
-    """Turn a decoupled configuration into the arm; sets c.arm."""
+def apply(c: ml_collections.ConfigDict, arm: str, flags: Collection[str] = ()) -> None:
+    """Turn a decoupled configuration into the arm, with `ibot` and `smoke` where they are among its flags; sets
+    c.arm."""
     ARMS[arm](c)
     c.arm = arm
-    return c
+    if "ibot" in flags:
+        masked_patches(c)
+    if "smoke" in flags:
+        smoke(c)
 
 
 def smoke(c: ml_collections.ConfigDict) -> None:

@@ -74,6 +74,12 @@ def check_writable(directory: Path) -> None:
         ) from None
 
 
+def steps_below(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, oldest first, by their names: Orbax gives a checkpoint its name
+    when it is complete. [] where there is no folder."""
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+
+
 class Checkpoints:
     """Numbered checkpoints below one directory.
 

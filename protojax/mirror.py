@@ -20,7 +20,7 @@ from typing import Any
 
 from etils import epath
 
-from protojax.checkpoint import BEST, NEWEST, check_writable
+from protojax.checkpoint import BEST, NEWEST, check_writable, steps_below
 
 COMPLETE = ".complete.json"  # of a copied checkpoint: its files and their sizes
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
@@ -59,7 +59,7 @@ class Mirror:
         Raises MirrorError when there are copies but none of them is whole."""
         found: dict[str, int] = {}
         for folder in (NEWEST, BEST):
-            here = max(_steps(self.workdir / folder), default=-1)
+            here = max(steps_below(self.workdir / folder), default=-1)
             with self._reaching("read"):
                 there = sorted((s for s in self._complete(folder) if s > here), reverse=True)
             for step in there:
@@ -116,7 +116,7 @@ class Mirror:
         self._wait()
         self.problem = ""  # what failed before is tried now
         for folder in (NEWEST, BEST):
-            for step in _steps(self.workdir / folder):
+            for step in steps_below(self.workdir / folder):
                 self.later(self.workdir / folder / str(step))
         self._pending.append(self._one.submit(self._guarded, self._copy_files))
         self._wait()
@@ -157,7 +157,7 @@ class Mirror:
             list(pool.map(lambda name: _copy(checkpoint / name, target / name), files))
         self._copy_files()
         complete.write_text(json.dumps({"files": files}))
-        here = {*_steps(checkpoint.parent), int(step)}
+        here = {*steps_below(checkpoint.parent), int(step)}
         for old in self._complete(checkpoint.parent.name) - here:
             (folder / f"{old}{COMPLETE}").unlink()
             (folder / str(old)).rmtree()
@@ -167,9 +167,8 @@ class Mirror:
         names = []
         for path in sorted(self.workdir.rglob("*")):
             name = path.relative_to(self.workdir)
-            if name.parts[0] in (NEWEST, BEST) or name.parts[0].startswith((".", "damaged-")) or not path.is_file():
-                continue
-            if path.suffix == ".tmp":
+            aside = name.parts[0] in (NEWEST, BEST) or name.parts[0].startswith((".", "damaged-"))
+            if aside or path.suffix == ".tmp" or not path.is_file():
                 continue
             names.append(str(name))
             now = (path.stat().st_size, path.stat().st_mtime_ns)
@@ -229,10 +228,6 @@ def following(url: str | None, workdir: Path, say: Callable[[str], None]) -> Ite
             )
     finally:
         mirror.close()
-
-
-def _steps(folder: Path) -> list[int]:
-    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
 
 
 def _copy(source: Any, target: Any) -> None:

@@ -85,9 +85,13 @@ class Protocol:
         return {"name": self.name, "hash": self.hash, **self.canonical()}
 
 
+def _names_checkpoint(text: str) -> bool:
+    return text in (LAST, BEST) or text.isdigit()
+
+
 def which(checkpoint: str) -> int | str | None:
     """What `loading` calls a checkpoint: a step, 'best', or None for 'last'. Raises ValueError for another text."""
-    if checkpoint not in (LAST, BEST) and not checkpoint.isdigit():
+    if not _names_checkpoint(checkpoint):
         raise ValueError(f"checkpoint: expected 'last', 'best' or a step, got {checkpoint!r}.")
     return int(checkpoint) if checkpoint.isdigit() else None if checkpoint == LAST else BEST
 
@@ -173,8 +177,7 @@ def _validate(protocol: Protocol) -> None:
     require(bool(protocol.k) and min(protocol.k) > 0, "k", "positive numbers of neighbours")
     require(protocol.temperature > 0, "temperature", "a positive number")
     require(protocol.seed >= 0, "seed", "a number >= 0")
-    require(protocol.checkpoint in (LAST, BEST) or protocol.checkpoint.isdigit(), "checkpoint",
-            "'last', 'best' or a step")  # fmt: skip
+    require(_names_checkpoint(protocol.checkpoint), "checkpoint", "'last', 'best' or a step")
     for name, part in protocol.evaluations.items():
         if part.name != name:
             raise ValueError(f"protocol.evaluations.{name}: an evaluation is chosen by its key; remove the name.")

@@ -87,8 +87,7 @@ def _train(config: Config, recipe: Recipe, workdir: Path, say: Any, written: Any
     known = (config.run, config.system, config.evals.every, fingerprint(config))
     options = train.Options(workdir, *known, wandb=_wandb(config, workdir), say=say, written=written)
     # Not over that of a run which has begun: this configuration may be another one, and is then refused.
-    begun = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
-    if not begun and jax.process_index() == 0:
+    if not checkpoint.steps_below(workdir / checkpoint.NEWEST) and jax.process_index() == 0:
         metrics.write_json(workdir / "config.json", summary.dumps_config(config))
         workload.begun(config, recipe, workdir)
     result = train.run(recipe, options)

@@ -28,7 +28,7 @@ from protojax.data.prompts_thumbnails import middle
 from protojax.towers import bank, load
 from protojax.towers.bank import base_features, embed
 
-from .models.pretrained_folder import SIDE, write_folder
+from .models.pretrained_folder import SIDE, write_folder, write_photos
 
 CLASSES = ("red_apple", "green_pear", "blue_cat")
 
@@ -46,13 +46,7 @@ def towers(weights):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """train and test of three classes: two pictures each, one of the training pictures is damaged."""
-    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for split in ("train", "test"):
-        for name in CLASSES:
-            (root / split / name).mkdir(parents=True)
-            for i in range(2):
-                pixels = rng.integers(0, 256, (20 + i, 24, 3), np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    root = write_photos(tmp_path_factory.mktemp("photos"), ("train", "test"), CLASSES, 2)
     (root / "train" / "red_apple" / "2.png").write_bytes(b"not a picture")
     return root
 

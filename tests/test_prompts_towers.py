@@ -21,7 +21,7 @@ from protojax.config import Component, Config, freeze
 from protojax.data.views import ViewSpec
 from protojax.workloads.prompts_towers import random_crops
 
-from .models.pretrained_folder import SIDE, write_folder
+from .models.pretrained_folder import SIDE, write_folder, write_photos
 from .toy import config_dict
 
 CLASSES = ("blue_cat", "green_pear", "red_apple")
@@ -35,13 +35,7 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     """Three classes in three splits; one training picture is damaged, and one class has no picture for training."""
-    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for split, names in (("train", CLASSES), ("val", CLASSES), ("test", CLASSES)):
-        for name in names:
-            (root / split / name).mkdir(parents=True)
-            for i in range(4):
-                pixels = rng.integers(0, 256, (20 + i, 24, 3), np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    root = write_photos(tmp_path_factory.mktemp("photos"), ("train", "val", "test"), CLASSES, 4)
     (root / "train" / "green_pear" / "1.png").write_bytes(b"not a picture")
     return root
 

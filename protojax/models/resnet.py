@@ -118,24 +118,14 @@ class ResNet(nnx.Module):
         x = jax.nn.relu(self.stem_norm(x, train=train, mask=mask))
         if self.stem == "imagenet":
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+        def apply(block: Block, x: Array) -> Array:
+            return block(x, train=train, mask=mask)
+
+        apply = nnx.remat(apply) if self.remat and train else apply
         for name in self.blocks:
-            block = getattr(self, name)
-            x = _again(block, x, mask) if self.remat and train else block(x, train=train, mask=mask)
+            x = apply(getattr(self, name), x)
         return {"pooled": x.astype(self.pool_dtype).mean((1, 2))}
-
-
-def _again(block: Block, x: Array, mask: Array | None) -> Array:
-    """The block in training, its inside computed again in the backward pass; its running moments move once."""
-    split: Any = nnx.split(block, nnx.Param, nnx.BatchStat)
-    graph, params, stats = split
-
-    def apply(x: Array, params: Any, stats: Any) -> tuple[Array, Any]:
-        inner = nnx.merge(graph, params, stats)
-        return inner(x, train=True, mask=mask), nnx.state(inner, nnx.BatchStat)
-
-    x, moved = jax.checkpoint(apply)(x, params, stats)
-    nnx.update(block, moved)
-    return x
 
 
 def _check(kind: str, stem: str, depths: tuple[int, ...], widths: tuple[int, ...], width: float) -> None:

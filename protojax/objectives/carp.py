@@ -37,8 +37,7 @@ def carp(
 
     Raises ValueError for options out of range, and at trace time where K is not a multiple of block.
     """
-    if isinstance(block, bool) or not isinstance(block, int) or block < 2:
-        raise ValueError(f"carp, block: expected an integer of at least 2, got {block!r}.")
+    common.whole("carp, block", block, 2)
     if temperature is None and teacher_temperature is not None:
         raise ValueError(
             "carp: teacher_temperature needs temperature: without one, features are not normalised and have none."

@@ -74,6 +74,13 @@ def once(value: Array | float, mask: Array) -> tuple[Array, Array]:
     return jnp.asarray(value, present.dtype) * present, present
 
 
+def whole(what: str, value: int, least: int) -> int:
+    """`value` as an integer of at least `least`; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{what}: expected an integer of at least {least}, got {value!r}.")
+    return value
+
+
 def positive(what: str, value: float) -> float:
     """`value` as a positive float; ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:

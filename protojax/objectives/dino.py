@@ -55,12 +55,10 @@ def dino(
         student, teacher = common.unit_rows(student, mask), common.unit_rows(teacher, mask)
         pairs = pair_cross_entropy(student, teacher, prediction, target, tau, temperature)
         value = common.masked_mean(pairs, mask)
-        stride = max(1, mask.shape[0] // 64)
-        entropy = teacher_entropy(teacher[0, ::stride] / temperature, target, temperature)
         values: dict[str, Array | float] = {
             "loss": value,
             "chance": math.log(prediction.prototypes.shape[0]),
-            "teacher_entropy": common.masked_mean(entropy, mask[::stride]),
+            "teacher_entropy": teacher_entropy(teacher[0], target, temperature, mask),
             "temperature": temperature,
         }
         return value, {name: common.once(metric, mask) for name, metric in values.items()}
@@ -99,8 +97,12 @@ def pair_cross_entropy(
     return jnp.sum(jnp.where(others, losses, jnp.zeros((), losses.dtype)), axis=(0, 1)) / (views * teachers - teachers)
 
 
-def teacher_entropy(queries: Array, target: Codebook, temperature: Array | float) -> Array:
-    """H_i = LSE_k l_ik - sum_k t_ik l_ik of the teacher's assignments, for the report."""
-    queries, keys, bias = jax.lax.stop_gradient((queries, target.prototypes, target.bias / temperature))
+def teacher_entropy(rows: Array, target: Codebook, temperature: Array | float, mask: Array) -> Array:
+    """Mean over about 64 unmasked of the rows [N,D] of H_i = LSE_k l_ik - sum_k t_ik l_ik, the entropy of the teacher's
+    assignments: for the report."""
+    stride = max(1, mask.shape[0] // 64)
+    given = rows[::stride] / temperature, target.prototypes, target.bias / temperature
+    queries, keys, bias = jax.lax.stop_gradient(given)
     mean, offset = expectation(queries, keys, bias, keys, bias)
-    return lse(queries, keys, bias) - jnp.sum(queries * mean, axis=1) - offset
+    entropy = lse(queries, keys, bias) - jnp.sum(queries * mean, axis=1) - offset
+    return common.masked_mean(entropy, mask[::stride])

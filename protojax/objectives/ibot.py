@@ -45,12 +45,10 @@ def ibot(
     """
     student_tau = common.positive("ibot, student_temperature", student_temperature)
     target_tau = common.positive("ibot, target_temperature", target_temperature)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise ValueError(f"ibot, iterations: expected an integer of at least 0, got {iterations!r}.")
+    common.whole("ibot, iterations", iterations, 0)
+    common.whole("ibot, blocks", blocks, 1)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0.0 < ratio < 1.0:
         raise ValueError(f"ibot, ratio: expected a share of the patches in (0, 1), got {ratio!r}.")
-    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
-        raise ValueError(f"ibot, blocks: expected an integer of at least 1, got {blocks!r}.")
 
     def loss(params: PyTree, inputs: Mapping[str, Any]) -> tuple[Array, Metrics]:
         mask, prediction = inputs["mask"], inputs["prediction"]
@@ -72,12 +70,10 @@ def ibot(
             target.prototypes,
             target.bias / target_tau,
         )
-        stride = max(1, kept.shape[0] // 64)
-        entropy = teacher_entropy(teacher[0, ::stride] / target_tau, target, target_tau)
         values: dict[str, Array | float] = {
             "loss": common.masked_mean(rows, jnp.tile(kept, views)),
             "chance": math.log(prediction.prototypes.shape[0]),
-            "teacher_entropy": common.masked_mean(entropy, kept[::stride]),
+            "teacher_entropy": teacher_entropy(teacher[0], target, target_tau, kept),
         }
         return jnp.asarray(values["loss"]), {name: common.once(value, mask) for name, value in values.items()}
 

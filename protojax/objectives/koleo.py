@@ -24,8 +24,7 @@ def koleo_proto(*, tile: int = 1024) -> Objective:
     inputs: prediction, mask [B], and 'head/prototypes': where no optimiser moves the prototypes the term's gradient is
     exactly zero, so that building it into a decoupled arm is an error. Metrics: loss, nearest (mean distance).
     """
-    if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
-        raise ValueError(f"koleo_proto, tile: expected an integer of at least 1, got {tile!r}.")
+    common.whole("koleo_proto, tile", tile, 1)
 
     def loss(params: PyTree, inputs: Mapping[str, Any]) -> tuple[Array, Metrics]:
         mask = inputs["mask"]

@@ -126,8 +126,7 @@ def _check(o: PromptOptions) -> None:
 
 def check_count(options: PromptOptions, count: int) -> None:
     """Raises ValueError for K < 1, and for K = 1 with terms that need pairs or shares."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"prompts, num_prompts: expected an integer of at least 1, got {count!r}.")
+    common.whole("prompts, num_prompts", count, 1)
     idle = [n for n in ("diversity", "entropy", "min_usage") if n in options.weights]
     if count == 1 and idle:
         raise ValueError(

@@ -39,8 +39,7 @@ def swav(*, student_temperature: float = 0.1, target_temperature: float = 0.05, 
     """
     student_tau = common.positive("swav, student_temperature", student_temperature)
     target_tau = common.positive("swav, target_temperature", target_temperature)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise ValueError(f"swav, iterations: expected an integer of at least 0, got {iterations!r}.")
+    common.whole("swav, iterations", iterations, 0)
 
     def loss(params: PyTree, inputs: Mapping[str, Any]) -> tuple[Array, Metrics]:
         mask, prediction = inputs["mask"], inputs["prediction"]
@@ -49,12 +48,10 @@ def swav(*, student_temperature: float = 0.1, target_temperature: float = 0.05, 
         student, teacher = common.unit_rows(student, mask), common.unit_rows(teacher, mask)
         target = balanced_target(teacher, inputs["target"], mask, target_tau, iterations)
         pairs = pair_cross_entropy(student, teacher, prediction, target, student_tau, target_tau)
-        stride = max(1, mask.shape[0] // 64)
-        entropy = teacher_entropy(teacher[0, ::stride] / target_tau, target, target_tau)
         values: dict[str, Array | float] = {
             "loss": common.masked_mean(pairs, mask),
             "chance": math.log(prediction.prototypes.shape[0]),
-            "teacher_entropy": common.masked_mean(entropy, mask[::stride]),
+            "teacher_entropy": teacher_entropy(teacher[0], target, target_tau, mask),
         }
         return jnp.asarray(values["loss"]), {name: common.once(value, mask) for name, value in values.items()}
 

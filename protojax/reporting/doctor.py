@@ -65,8 +65,10 @@ def examine(workdir: str | Path) -> Examination:
 def _checkpoint(workdir: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """(finding, notes) about the newest checkpoint: every array of it must be finite. Its prototypes are not audited
     again: the evaluation of the same step did that."""
-    folder = workdir / "checkpoints"
-    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    from protojax.checkpoint import NEWEST, steps_below
+
+    folder = workdir / NEWEST
+    steps = steps_below(folder)
     damaged = sorted(p.name for p in workdir.glob("damaged-*"))
     notes = [f"damaged checkpoints were set aside: {', '.join(damaged)}."] if damaged else []
     if not steps:

@@ -5,12 +5,13 @@ the extra `parity`)."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from PIL import Image
 
 from protojax.models.pretrained.config import read_config
 from protojax.models.pretrained.tensors import expected_tensors
@@ -22,6 +23,16 @@ SIDE, LENGTH = 16, 12
 REFERENCES = {"clip": ("clip", 30), "clip_legacy": ("clip", 2), "siglip": ("siglip", 39)}
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I8": np.int8}
 _WORDS = ("a", "photo", "of", "red", "green", "blue", "apple", "pear", "fruit", "kind", "cat", "dog")
+
+
+def write_photos(root: Path, splits: Iterable[str], classes: Iterable[str], each: int) -> Path:
+    """`each` random pictures a class and split below root/SPLIT/CLASS, no two of a class of one size."""
+    rng = np.random.default_rng(0)
+    for folder in (root / split / name for split in splits for name in classes):
+        folder.mkdir(parents=True)
+        for i in range(each):
+            Image.fromarray(rng.integers(0, 256, (20 + i, 24, 3), np.uint8)).save(folder / f"{i}.png")
+    return root
 
 
 def config_of(kind: str, **changes: Any) -> dict[str, Any]:
