@@ -39,7 +39,7 @@ EMOJI = {
     arm: Job("alignment_emoji", f"{arm},cross_style,patches", data="")
     for arm in ("perceiver", "direct", "bos_perceiver")
 }
-TOWER = Job("alignment_emoji", "perceiver,cross_style", data="")
+TOWER = Job("alignment_emoji", "perceiver,cross_style", (("method.epochs", 80.0),), data="")
 UNSEEN = {what: Job("alignment_emoji", f"perceiver{flag}") for what, flag in (("with", ""), ("without", ",no_flags"))}
 TILES = Job("alignment_pictures", "perceiver,tiles", data="dcss_tiles_32.npz")
 GROCERY = Job("alignment_pictures", "perceiver,grocery")
@@ -107,13 +107,17 @@ def main_rows(bench: Bench, seed: int) -> None:
     return None
 
 
-def prefix_none_row(bench: Bench, seed: int) -> None:
-    job = Job(QUICK, "prefix_none")
-    found = bench.run(job, seed)
-    if found is None:
-        return bench.missing("P6", seed, "prefix_none: retention at 1/32", "<= 0.60", job)
-    kept = retention(found, 32)
-    return bench.add("P6", seed, "prefix_none: retention at 1/32", "<= 0.60", kept, kept <= 0.6, found["command"])
+def prefix_none_rows(bench: Bench, seed: int) -> None:
+    """P6 at the rate of the trial whose 43 % the target goes back to, A3 at that of the other arms."""
+    for row, arm, target in (("P6", "prefix_none_lr_middle", "<= 0.60"), ("A3", "prefix_none", "reported")):
+        job = Job(QUICK, arm)
+        found = bench.run(job, seed)
+        if found is None:
+            bench.missing(row, seed, f"{arm}: retention at 1/32", target, job)
+            continue
+        kept = retention(found, 32)
+        ok = kept <= 0.6 if row == "P6" else None
+        bench.add(row, seed, f"{arm}: retention at 1/32", target, kept, ok, found["command"])
 
 
 def suspects_row(bench: Bench, seed: int) -> None:
@@ -297,10 +301,10 @@ def shared_row(bench: Bench, seed: int) -> None:
 
 
 ROWS: dict[str, Callable[[Bench, int], None]] = {
-    "P1": bos_rows, "P2": bos_rows, "P3": bos_rows, "P4": main_rows, "P5": main_rows, "P6": prefix_none_row,
+    "P1": bos_rows, "P2": bos_rows, "P3": bos_rows, "P4": main_rows, "P5": main_rows, "P6": prefix_none_rows,
     "P7": suspects_row, "P8": main_rows, "P9": modes_row, "P10": emoji_rows, "P11": emoji_rows, "P12": resume_row,
     "D1": cross_style_row, "D2": unseen_row, "D3": tiles_row, "D4": grocery_row, "D5": nlvr_row,
-    "A1": factors_row, "A2": shared_row, "S1": speed_row,
+    "A1": factors_row, "A2": shared_row, "A3": prefix_none_rows, "S1": speed_row,
 }  # fmt: skip
 
 

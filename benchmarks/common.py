@@ -39,13 +39,15 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 @dataclass
 class Contender:
-    """One function and its rotating buffers. wait(result) blocks until it is computed."""
+    """One function and its rotating buffers. wait(result) blocks until it is computed; a call that does several things
+    of the same kind says how many (`steps`): figures are those of one."""
 
     name: str
     call: Callable[..., Any]
     buffers: Sequence[tuple[Any, ...]]
     wait: Callable[[Any], Any] = jax.block_until_ready
     extra_bytes: int | None = None
+    steps: int = 1
 
 
 @dataclass
@@ -76,12 +78,12 @@ class Report:
     def compare(self, case: str, contenders: Sequence[Contender], flops: float | None = None, **columns: Any) -> None:
         """Time `contenders` against one another (the first is ours) and record a row each."""
         times = interleave(contenders, self.options.repeats)
-        ours = float(np.median(times[0]))
+        ours = float(np.median(times[0])) / contenders[0].steps
         for contender, taken in zip(contenders, times, strict=False):
-            seconds = float(np.median(taken))
+            seconds = float(np.median(taken)) / contender.steps
             record: dict[str, Any] = {"ms": 1e3 * seconds, "times ours": seconds / ours}
             if contender is contenders[0]:
-                record["A/A"] = float(np.median(times[-1])) / ours
+                record["A/A"] = float(np.median(times[-1])) / contender.steps / ours
                 if flops is not None:
                     record["share of matmul rate"] = flops / seconds / self.machine["matmul_flops"]
             if contender.extra_bytes is not None:

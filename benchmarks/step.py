@@ -4,11 +4,13 @@
 
 PyTorch runs the same network, CARP loss, EMA teacher and optimiser in the same call, channels-last and bfloat16 on a
 GPU, and is *given* its views: ours makes them inside the step. The decoupled arm here is the plain mixture; `balanced`
-is a row of its own.
+is a row of its own, swept at every step and by turnover of its memory (`every=0`; a round trains as many steps as lie
+between two sweeps).
 """
 
 from __future__ import annotations
 
+import functools
 import runpy
 from typing import Any
 
@@ -21,6 +23,7 @@ from benchmarks.torch_nets import make_network, torch_step
 from protojax import configs_path, experiment, flops, parallel, train
 from protojax import step as step_lib
 from protojax.config import component, freeze
+from protojax.estimators.balanced import SWEEPS
 from protojax.running import fingerprint
 
 ARMS = {"decoupled": "mixture", "balanced": "balanced", "joint": "joint"}
@@ -42,8 +45,8 @@ def sizes(options: Any) -> list[dict[str, Any]]:
     ]
 
 
-def config(arm: str, size: dict[str, Any]) -> Any:
-    """configs/inat.py with this network, batch and image size on synthetic images."""
+def config(arm: str, size: dict[str, Any], every: int | None = None) -> Any:
+    """configs/inat.py with this network, batch and image size on synthetic images; `every`: of the estimator."""
     c = runpy.run_path(str(configs_path.find("inat")))["get_config"](arm)
     with c.unlocked():
         c.data.source = component("synthetic", classes=4, size=2 * size["batch"], side=size["image"])
@@ -54,6 +57,8 @@ def config(arm: str, size: dict[str, Any]) -> Any:
         c.method.views = component("carp", global_size=size["image"], local_count=size["local"])
         c.method.optim = component("adamw", peak_lr=1e-4)
         c.method.estimator.components = size["K"]
+        if every is not None:
+            c.method.estimator.every = every
         c.method.dtype = "float32" if common.policy() is None else "bfloat16"
         c.method.epochs, c.method.steps = None, 10_000
         c.evals.evaluations = ("rank",)
@@ -61,10 +66,10 @@ def config(arm: str, size: dict[str, Any]) -> Any:
 
 
 class Stepper:
-    """One arm: its state, and a call that trains it on the next batch."""
+    """One arm: its state, and a call that trains it on a batch, `steps` times."""
 
-    def __init__(self, arm: str, size: dict[str, Any]):
-        made = config(arm, size)
+    def __init__(self, arm: str, size: dict[str, Any], every: int | None = None, steps: int = 1):
+        made, self.steps = config(arm, size, every), steps
         self.recipe = experiment.build(made)
         options = train.Options(configs_path.find("inat").parent, made.run, made.system, 1.0, fingerprint(made))
         self.session = train.make_session(self.recipe, options)
@@ -74,22 +79,31 @@ class Stepper:
         self.batches = [parallel.to_device(self.session.mesh, self.recipe.sources["train"].batch(i)) for i in range(2)]
 
     def __call__(self, batch: Any) -> Any:
-        self.state, self.accumulator = self.session.one(
-            self.state, self.accumulator, batch, self.session.constants
-        )  # fmt: skip
+        for _ in range(self.steps):
+            self.state, self.accumulator = self.session.one(
+                self.state, self.accumulator, batch, self.session.constants
+            )  # fmt: skip
         return self.state.step
 
+    @functools.cached_property
+    def compiled(self) -> Any:
+        return self.session.one.lower(self.state, self.accumulator, self.batches[0], self.session.constants).compile()
+
+    def memory(self) -> dict[str, float]:
+        """What the step holds: its arguments (state, optimiser, batch; outputs take their place), and temporaries."""
+        memory = self.compiled.memory_analysis()
+        held, extra = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        return {"state and batch MB": held / 1e6, "extra MB": extra / 1e6, "both MB": (held + extra) / 1e6}
+
     def contender(self, name: str) -> common.Contender:
-        lowered = self.session.one.lower(self.state, self.accumulator, self.batches[0], self.session.constants)
-        memory = lowered.compile().memory_analysis()
-        return common.Contender(name, self, [(b,) for b in self.batches], extra_bytes=int(memory.temp_size_in_bytes))
+        extra = int(self.compiled.memory_analysis().temp_size_in_bytes)
+        return common.Contender(name, self, [(b,) for b in self.batches], extra_bytes=extra, steps=self.steps)
 
     def operations(self) -> tuple[float, float | None]:
         """(our count, the compiled program's own count) of one step."""
         batch = step_lib.join(self.batches[0], self.session.constants)
         ours = flops.count(lambda s, b: step_lib.step(self.recipe, s, b), self.session.shapes, batch)
-        lowered = self.session.one.lower(self.state, self.accumulator, self.batches[0], self.session.constants)
-        found = lowered.compile().cost_analysis() or {}
+        found = self.compiled.cost_analysis() or {}
         return ours, found.get("flops")
 
     def phases(self) -> list[common.Contender]:
@@ -128,6 +142,9 @@ def main() -> None:
     torch = common.torch_or_none(options)
     for size in sizes(options):
         arms = {name: Stepper(arm, size) for name, arm in ARMS.items()}
+        # Two views an image: the memory of 2 K rows is swept SWEEPS times while a row stays in it.
+        between = max(1, 2 * size["K"] // (SWEEPS * 2 * size["batch"]))
+        arms |= {"balanced, every=0": Stepper("balanced", size, 0, between)}
         contenders = [stepper.contender(name) for name, stepper in arms.items()]
         if torch is not None:
             network = make_network(torch, size["net"], size["image"], size["patch"])
@@ -135,7 +152,10 @@ def main() -> None:
         ours, compiled = arms["decoupled"].operations()
         columns = {k: v for k, v in size.items() if k != "patch"}
         report.compare("step", [*contenders, *arms["decoupled"].phases()], flops=ours, **columns)
-        row = next(r for r in report.records if r.get("what") == "decoupled" and r.get("net") == size["net"])
+        for name, stepper in arms.items():
+            report.add(case="memory", what=name, **columns, **stepper.memory())
+        steps = [r for r in report.records if r["case"] == "step" and r["net"] == size["net"]]
+        row = next(r for r in steps if r["what"] == "decoupled")
         seconds = row["ms"] / 1e3
         peak = flops.peak(jax.devices()[0])
         report.add(

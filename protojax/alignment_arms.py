@@ -28,6 +28,7 @@ def _preset(name: str) -> Change:
 
 _BOS = _aligner(text_pool="bos", failing_arm=True)
 _DIRECT = _aligner(image_path="direct")
+_PREFIX_NONE = _aligner(prefix_mode="none", contrastive_weight=1.0)
 
 ARMS: dict[str, Change] = {
     "perceiver": lambda c: None,
@@ -63,7 +64,8 @@ ARMS: dict[str, Change] = {
     "constant_image": _aligner(constant_image=True),
     "unmasked_mean": together(_aligner(text_pool="unmasked_mean", failing_arm=True), _preset("long")),
     "frozen_resampler": _optim(frozen=("resampler",)),
-    "prefix_none": _aligner(prefix_mode="none", contrastive_weight=1.0),
+    "prefix_none": _PREFIX_NONE,
+    "prefix_none_lr_middle": together(_PREFIX_NONE, _optim(peak_lr=5e-4)),
     "lr_zero": _optim(peak_lr=0.0),
     "shuffled_pairs": _aligner(shuffled_pairs=True),
     "unclamped_cosine": _optim(planned_fraction=0.5, clamped=False),

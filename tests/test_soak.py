@@ -66,6 +66,10 @@ def test_thousands_of_steps_change_nothing_but_the_state(tmp_path, monkeypatch):
     assert memory[-1] - memory[settled] < 30, f"memory grew: {memory}"
     rates = np.array([r["images_per_second"] for r in records[2:]])
     first, last = (float(np.median(part)) for part in np.array_split(rates, 2))
+    print(
+        f"{STEPS} steps: memory {memory[settled]:.0f} -> {memory[-1]:.0f} MB since step {records[settled]['step']}, "
+        f"{first:.0f} -> {last:.0f} images/s by halves, {counts[-1] - counts[settled]} compilations"
+    )
     assert last > 0.5 * first, f"steps became slower: {first:.0f} to {last:.0f} images/s (on a shared machine)"
     assert all(np.isfinite(r["metrics"]["loss/total"]) for r in records)
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())

@@ -3,6 +3,7 @@
 An image is a shuffled set of tokens, one a factor u_g W_g + tag_g + noise, and as many distractors, behind a constant
 class token. A caption is a shuffled set of word vectors u_g V_g + tag'_g + noise between a start and an end token,
 read by a frozen causal tower (`pairs_text.causal_states`): position 0 is constant, the end token has seen everything.
+What factors and tags add to a number has variance 1.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ def open_synthetic_pairs(
     kind, stream = PRESETS[preset], 10 + SPLITS.index(split)
     factors = kind.factors
     draw = lambda shape, *key: normals(int(np.prod(shape)), seed, *key).reshape(shape)  # noqa: E731
-    maps, tags = draw((factors, 2, IMAGE_WIDTH), 9, 0), draw((factors, IMAGE_WIDTH), 9, 1)
-    word_maps, word_tags = draw((factors, 2, WORD_WIDTH), 9, 2), draw((factors, WORD_WIDTH), 9, 3)
+    half = 2.0**-0.5  # a factor is two numbers
+    maps, tags = half * draw((factors, 2, IMAGE_WIDTH), 9, 0), draw((factors, IMAGE_WIDTH), 9, 1)
+    word_maps, word_tags = half * draw((factors, 2, WORD_WIDTH), 9, 2), draw((factors, WORD_WIDTH), 9, 3)
     offset, class_token, ends = draw((IMAGE_WIDTH,), 9, 4), draw((IMAGE_WIDTH,), 9, 5), draw((3, WORD_WIDTH), 9, 6)
     shared = draw((count, factors, 2), stream, 0)
 

@@ -56,16 +56,31 @@ class Retrieval(NamedTuple):
 def best_positive(scores: np.ndarray, positive: np.ndarray, tolerance: float = 0.0) -> Best:
     """Where each query's best positive stands.
 
-    scores [Q,M] (larger is better; -inf takes a row out of the gallery), positive bool [Q,M]. Scores within `tolerance`
-    of the best positive's count as equal to it. Raises ValueError for other shapes or NaN.
+    scores [Q,M] (larger is better; -inf takes a row out of the gallery), positive bool [Q,M]. Scores that lead to the
+    best positive's in steps of at most `tolerance` count as equal to it. (A window around each query's own positive
+    makes a equal to b and b to c but not a to c: queries that all score the gallery alike are then not at chance.)
+    Raises ValueError for other shapes or NaN.
     """
     scores, positive = _checked(scores, positive)
     best = np.where(positive, scores, -np.inf).max(axis=1, keepdims=True)
     has = np.isfinite(best)
-    with np.errstate(invalid="ignore"):  # -inf - -inf, masked by `has`
-        gap = np.where(has, scores - best, -np.inf)
-    tied = np.abs(gap) <= tolerance
-    return Best((gap > tolerance).sum(axis=1), tied.sum(axis=1), (tied & positive).sum(axis=1))
+    low, high = (best, best) if tolerance == 0.0 else _block(scores, best, tolerance)
+    tied = (scores >= low) & (scores <= high) & has
+    return Best(((scores > high) & has).sum(axis=1), tied.sum(axis=1), (tied & positive).sum(axis=1))
+
+
+def _block(scores: np.ndarray, best: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """Smallest and largest score [Q,1] of the run of scores, sorted, around `best` whose steps are <= tolerance."""
+    ordered = np.sort(scores, axis=1)
+    place = np.arange(scores.shape[1])[None, :]
+    with np.errstate(invalid="ignore"):  # -inf - -inf: between rows that are not in the gallery
+        apart = np.diff(ordered, axis=1) > tolerance
+    edge = np.ones((len(scores), 1), bool)
+    first = np.maximum.accumulate(np.where(np.concatenate([edge, apart], axis=1), place, 0), axis=1)
+    ends = np.where(np.concatenate([apart, edge], axis=1), place, place[0, -1])
+    last = np.minimum.accumulate(ends[:, ::-1], axis=1)[:, ::-1]
+    at = np.minimum((ordered < best).sum(axis=1, keepdims=True), place[0, -1])
+    return tuple(np.take_along_axis(ordered, np.take_along_axis(bound, at, axis=1), axis=1) for bound in (first, last))
 
 
 def expected_recall(best: Best, k: int) -> np.ndarray:

@@ -230,9 +230,11 @@ def complete_sweep(
     operand = product_dtype(options.matmul_dtype, queries, prototypes)
     length, count = queries.shape[0], prototypes.shape[0]
     kind = product_dtype(options.matmul_dtype, sample)
-    # Logits of 2 MB of float32; below 128 rows the sums' own traffic would cost more than the saved product. Chunks of
-    # equal length: little padding.
-    wanted = options.row_tile if options.row_tile is not None else max(128, 2**19 // count)
+    # Logits of 2 MB of float32; with few rows a chunk the sums' own traffic would cost more than the saved product, so
+    # for many prototypes up to 256 rows while 13 MB hold their logits (keys and sums share a cache with them), and
+    # never below 128. Chunks of equal length: little padding.
+    fewest = max(128, min(256, 13 * 2**18 // count))
+    wanted = options.row_tile if options.row_tile is not None else max(fewest, 2**19 // count)
     chunk_number = max(1, -(-length // wanted))
     row_tile = max(1, -(-length // chunk_number))
     keys, tall_bias = prototypes.astype(operand), bias.astype(total)[:, None]

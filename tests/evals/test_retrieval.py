@@ -114,6 +114,24 @@ def test_scores_within_the_tolerance_are_equal():
     assert expected_rank(best_positive(scores, positive, tolerance=1e-6))[0] == 1.5
 
 
+def test_ties_are_chains_so_that_a_constant_side_is_at_chance_however_its_scores_are_spaced():
+    for step in (0.4e-6, 0.8e-6, 1.6e-6):
+        scores = np.tile(0.5 + step * np.random.default_rng(0).permutation(40), (40, 1))  # all queries score alike
+        scores[:, :7] = 0.3, 0.3, 0.3 + 0.9e-6, 0.7, 0.7 + 0.5e-6, 0.7 + 1.4e-6, -0.2
+        best = best_positive(scores, np.eye(40, dtype=bool), tolerance=1e-6)
+        for k in (1, 5, 10, 40):
+            np.testing.assert_allclose(expected_recall(best, k).mean(), k / 40, rtol=1e-12)
+        np.testing.assert_allclose(expected_rank(best).mean(), 20.5, rtol=1e-12)
+
+
+def test_chains_keep_rows_outside_the_gallery_and_queries_without_a_positive_apart():
+    scores = np.array([[0.5, 0.5 + 9e-7, 0.5 + 18e-7, -np.inf, 0.1], [-np.inf] * 5, [0.2, 0.1, -np.inf, -np.inf, 0.3]])
+    positive = np.zeros((3, 5), bool)
+    positive[0, 0] = positive[1, 1] = True
+    best = best_positive(scores, positive, tolerance=1e-6)
+    assert [part.tolist() for part in best] == [[0, 0, 0], [3, 0, 0], [1, 0, 0]]
+
+
 def test_no_class_in_common_gives_no_number():
     means = retrieve(
         np.ones((2, 2)), np.zeros(2, int), np.ones((3, 2)), np.ones(3, int), num_classes=2, ks=(1,)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from protojax.models.functional import functional
-from protojax.models.layers import BatchNorm, GroupNorm, compute_dtype, drop_path, make_norm
+from protojax.models.layers import BatchNorm, GroupNorm, compute_dtype, conv, drop_path, make_norm
 
 
 class Norm(nnx.Module):
@@ -126,3 +126,29 @@ def test_compute_dtype_leaves_parameters_in_float32(key):
         module = norm(4, dtype="bfloat16", rngs=nnx.Rngs(key))
         assert module.scale.get_value().dtype == jnp.float32
         assert module(jnp.ones((2, 3, 3, 4), jnp.bfloat16), train=True).dtype == jnp.bfloat16
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("size", "stride", "shape"),
+    [(3, 1, (2, 2)), (3, 2, (4, 5)), (3, 2, (6, 3)), (7, 2, (4, 4)), (3, 1, (1, 3)), (1, 2, (8, 7)), (1, 1, (6, 5))],
+)
+def test_small_maps_on_a_cpu_are_products_with_the_values_and_gradients_of_a_convolution(size, stride, shape):
+    layer = conv(5, 6, size, stride, dtype=jnp.float64, rngs=nnx.Rngs(0), bias=True)
+    graph, params = nnx.split(layer)
+    x = jax.random.normal(jax.random.key(1), (3, *shape, 5), jnp.float64)
+
+    def loss(of, params, x):
+        return jnp.sum(jnp.sin(of(nnx.merge(graph, params), x)))
+
+    ours = lambda p, x: loss(lambda m, x: m(x), p, x)  # noqa: E731
+    xla = lambda p, x: loss(nnx.Conv.__call__, p, x)  # noqa: E731
+    assert "conv_general_dilated" in str(jax.make_jaxpr(xla)(params, x))
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(jax.grad(ours, (0, 1)))(params, x))
+    for one, other in zip(*(jax.tree.leaves(jax.grad(f, (0, 1))(params, x)) for f in (ours, xla)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_large_maps_are_convolutions_of_xla():
+    layer = conv(5, 6, 3, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    assert "conv_general_dilated" in str(jax.make_jaxpr(lambda x: layer(x))(jnp.zeros((2, 7, 4, 5))))
