@@ -80,7 +80,8 @@ def _block(scores: np.ndarray, best: np.ndarray, tolerance: float) -> tuple[np.n
     ends = np.where(np.concatenate([apart, edge], axis=1), place, place[0, -1])
     last = np.minimum.accumulate(ends[:, ::-1], axis=1)[:, ::-1]
     at = np.minimum((ordered < best).sum(axis=1, keepdims=True), place[0, -1])
-    return tuple(np.take_along_axis(ordered, np.take_along_axis(bound, at, axis=1), axis=1) for bound in (first, last))
+    low, high = (np.take_along_axis(ordered, np.take_along_axis(end, at, axis=1), axis=1) for end in (first, last))
+    return low, high
 
 
 def expected_recall(best: Best, k: int) -> np.ndarray:

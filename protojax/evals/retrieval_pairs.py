@@ -34,8 +34,8 @@ def one_direction(
     """Unit queries [Q,D] against a unit gallery [G,D]; gallery rows with the query's id are positive.
 
     {'recall': {str(k): R@k}, 'chance': {str(k): R@k of equal scores}, 'median_rank', 'mean_rank', 'mrr', 'gallery': G,
-    'queries': those that have a positive}. Ties (scores that steps of at most 1e-6 join) count at their expectation over
-    all orders, so that a constant side gives chance exactly: 1 - C(G - n, k) / C(G, k) for n positives, k / G for one.
+    'queries': those that have a positive}. Ties (scores joined by steps of at most 1e-6) count at their expectation
+    over all orders, so that a constant side gives chance exactly: 1 - C(G - n, k) / C(G, k) for n positives, k / G for one.
     k above G is taken as G. Raises ValueError for other shapes, rows that are not finite, or when no query has a
     positive.
     """
