@@ -35,8 +35,8 @@ def one_direction(
 
     {'recall': {str(k): R@k}, 'chance': {str(k): R@k of equal scores}, 'median_rank', 'mean_rank', 'mrr', 'gallery': G,
     'queries': those that have a positive}. Ties (scores joined by steps of at most 1e-6) count at their expectation
-    over all orders, so that a constant side gives chance exactly: 1 - C(G - n, k) / C(G, k) for n positives, k / G for one.
-    k above G is taken as G. Raises ValueError for other shapes, rows that are not finite, or when no query has a
+    over all orders, so that a constant side gives chance exactly: 1 - C(G - n, k) / C(G, k) for n positives, k / G for
+    one. k above G is taken as G. Raises ValueError for other shapes, rows that are not finite, or when no query has a
     positive.
     """
     if query_id.shape != queries.shape[:1] or gallery_id.shape != gallery.shape[:1]:
