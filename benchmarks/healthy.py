@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from benchmarks import full_length
 from protojax import configs_path, experiment, failures, parallel, running, summary, train
 from protojax import step as step_lib
 from protojax.api import Recipe, TrainState
@@ -264,8 +265,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def page(records: list[dict[str, Any]]) -> str:
-    """docs/results/doctor.md."""
+def page(records: list[dict[str, Any]], folder: Path) -> str:
+    """docs/results/doctor.md; `folder`: where the other benchmarks keep their records."""
     out = [
         "# Detectors: where they fire and where they are silent",
         "",
@@ -309,6 +310,19 @@ def page(records: list[dict[str, Any]]) -> str:
         cells = (record["config"], _ids(wanted), steps, f"**without {_ids(missed)}**" if missed else "yes",
                  _ids(more) or "-", f"{record['cpu_seconds']:.0f}")  # fmt: skip
         out.append(f"| {' | '.join(cells)} |")
+    out += [
+        "",
+        "## Defaults at full length",
+        "",
+        "The runs of the default in the other pages of this folder, all seeds and data sets: how many had a finding.",
+        "",
+        "| workload | page | runs | fired |",
+        "| --- | --- | --- | --- |",
+    ]
+    for workload, name, seen in full_length.runs(folder):
+        out.append(
+            f"| {workload} | [{name}]({name}.md) | {len(seen) or 'none yet'} | {_counts(seen) if seen else ''} |"
+        )
     latest = max(records, key=lambda r: r.get("versions", {}).get("protojax", ""), default={})
     versions = ", ".join(f"{k} {v}" for k, v in latest.get("versions", {}).items())
     return "\n".join([*out, "", f"One CPU device. {versions}.", ""])
@@ -365,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
                 with tempfile.TemporaryDirectory(prefix="protojax-failure-") as folder:
                     keep(failure_run(name, Path(folder), options.cache))
     records = read_lines(options.out)
-    options.out.with_suffix(".md").write_text(page(records), encoding="utf-8")
+    options.out.with_suffix(".md").write_text(page(records, options.out.parent), encoding="utf-8")
     missed = any(r["kind"] == "failure" and silent(r) for r in records)
     loud = any(r["kind"] == "healthy" and (r["training"] or r["doctor"]) for r in records)
     return int(missed or loud)
