@@ -16,6 +16,7 @@ from protojax import step as step_lib
 from protojax.api import Recipe, TrainState
 from protojax.config import Config
 from protojax.data import tables
+from protojax.workloads import table_description
 
 
 class Predict:
@@ -25,9 +26,7 @@ class Predict:
     """
 
     def __init__(self, recipe: Recipe, state: TrainState, config: Config, workdir: Path, batch_size: int = 4096):
-        from protojax.workloads.soft_labels import read_table
-
-        known = read_table(workdir)
+        known = table_description.read(workdir)
         self.config, self.step, self.batch_size = config, int(state.step), batch_size
         self.categories: tuple[str, ...] = tuple(known["categories"])
         self.preparation = known["preparation"]

@@ -30,7 +30,7 @@ def search(workdir: Path, query: str, width: int | None = None, top: int = 5, sp
     Raises ValueError for a run of another workload, a width that was not trained, or an empty query."""
     from protojax.data.decode import decode
     from protojax.loading import load, read_config
-    from protojax.workloads.alignment import pairs_of
+    from protojax.workloads.alignment_recipe import pairs_of
 
     config = read_config(workdir)
     if config.method.workload != "alignment":

@@ -19,6 +19,7 @@ from protojax.evals.retrieval_pairs import prefix_units
 from protojax.models.text import TEXT_POOLS
 from protojax.step import observer
 from protojax.workloads.alignment_parts import TEXT_ENTRIES, check_same_tower, text_pool
+from protojax.workloads.alignment_recipe import make_recipe, pairs_of, settings_of
 
 
 class AlignedEncode:
@@ -28,8 +29,6 @@ class AlignedEncode:
     widths."""
 
     def __init__(self, recipe: Recipe, state: TrainState, config: Config, workdir: Path, batch_size: int = 64):
-        from protojax.workloads.alignment import settings_of
-
         self.config, self.step, self.batch_size = config, int(state.step), batch_size
         settings = settings_of(config)
         self.widths: tuple[int, ...] = tuple(settings["prefix_dims"])
@@ -113,8 +112,6 @@ class AlignedEncode:
 def write_shapes(config: Config, recipe: Recipe, workdir: Path) -> None:
     """`alignment.npz`, shapes and dtypes of a batch and the fingerprint of the texts: what loading needs instead of the
     data; and `tokenizer.json` where captions are token ids."""
-    from protojax.workloads.alignment import pairs_of
-
     texts = pairs_of(config, config.data.train_split).texts
     arrays = {k: np.zeros_like(v[:1]) for k, v in recipe.sources["train"].batch(0).items()}
     arrays["fingerprint"] = np.asarray(texts.fingerprint)
@@ -134,8 +131,6 @@ def read_shapes(workdir: Path) -> dict[str, np.ndarray]:
 
 def hollow_recipe(config: Config, workdir: Path) -> Recipe:
     """The run's recipe on blank pairs of the same shapes."""
-    from protojax.workloads import alignment
-
     one = read_shapes(workdir)
     size = config.data.batch_size
     rows = {k: np.zeros((size, *v.shape[1:]), v.dtype) for k, v in one.items() if k != "fingerprint"}
@@ -143,8 +138,7 @@ def hollow_recipe(config: Config, workdir: Path) -> Recipe:
     shapes = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in rows.items()}
     spec = SourceSpec("blank", size, size, 1, shapes, {}, {})
     source = Source(spec, lambda step: dict(rows))
-    settings = alignment.settings_of(config)
-    return alignment._recipe(config, settings, blank_pairs(one), {"train": source, "test": source}, {})
+    return make_recipe(config, settings_of(config), blank_pairs(one), {"train": source, "test": source}, {})
 
 
 def blank_pairs(one: dict[str, Any]) -> Pairs:
@@ -176,7 +170,6 @@ def embed(
     width that was not trained."""
     from protojax.data.folder import open_image_folder
     from protojax.loading import load, read_config
-    from protojax.workloads.alignment import pairs_of
 
     if out.suffix != ".npz":
         raise ValueError(f"--out: embeddings of an alignment run are written as .npz, got {out.name!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,8 +12,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from protojax import metrics, optim
 from protojax import objectives as objective_lib
+from protojax import optim
 from protojax.api import Batch, Encoder, Objective, Probe, PyTree, Recipe, Source, Stopping, TrainState
 from protojax.config import Component, Config, check_options, component, options_of
 from protojax.data import soft_labels as data_lib
@@ -26,13 +25,13 @@ from protojax.models.encoder import BACKBONES
 from protojax.models.mlp import MLP, StarGraph, soft_label_encoder
 from protojax.objectives.soft_label import sample_weights, soft_label
 from protojax.ops import simplex
+from protojax.predicting import Predict
 from protojax.schedules import check_choice
-from protojax.workloads import base
+from protojax.workloads import base, table_description
 from protojax.workloads.images import IMAGENET_MEAN, IMAGENET_STD
 from protojax.workloads.soft_label_views import VIEWS
 
 logger = logging.getLogger(__name__)
-FILE = "table.json"  # columns, statistics and categories: belongs to the model
 TRUNKS: dict[str, Callable[..., Any]] = {"mlp": MLP, "star_graph": StarGraph, **BACKBONES}
 GROUP_COLUMNS = ("auto", "keep")
 WIDE = 100.0  # ratio of the widest raw column to the median one from which raw inputs are warned of
@@ -283,7 +282,7 @@ def _encoder(config: Config, chosen: Options, train: Table, preparation: Prepara
 def begun(config: Config, recipe: Recipe, workdir: Path) -> None:
     """Write what a prediction needs beside the parameters, and print the baselines."""
     splits = open_splits(config)
-    metrics.write_json(workdir / FILE, describe_table(splits["train"], prepare(config, splits)))
+    table_description.write(workdir, splits["train"], prepare(config, splits))
     constant = splits["train"].targets.mean(axis=0)
     for name in ("val", "test"):
         known = evals_lib.baselines(splits[name].targets, constant, splits[name].bayes)
@@ -295,31 +294,9 @@ def begun(config: Config, recipe: Recipe, workdir: Path) -> None:
         print(f"{name}, {splits[name].size} samples, KL of " + ", ".join(cells))
 
 
-def describe_table(train: Table, preparation: Preparation | None) -> dict[str, Any]:
-    """What `table.json` holds."""
-    return {
-        "preparation": None if preparation is None else preparation.plain(),
-        "categories": list(train.categories),
-        "columns": {k: str(v[0]) if v.dtype.kind not in "fiub" else 0.0 for k, v in train.columns.items()},
-        "graph": {k: list(v.shape[1:]) for k, v in train.graph.items()},
-        "image": None if train.images is None else list(train.images.shape[1:]),
-        "mean_target": train.targets.mean(axis=0).tolist(),
-    }
-
-
-def read_table(workdir: Path) -> dict[str, Any]:
-    """`table.json` of a run. Raises FileNotFoundError when it is missing."""
-    path = Path(workdir) / FILE
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: without it the inputs of this model cannot be prepared.")
-    plain = json.loads(path.read_text())
-    plain["preparation"] = None if plain["preparation"] is None else tables.read_preparation(plain["preparation"])
-    return plain
-
-
 def hollow(config: Config, workdir: Path) -> Recipe:
     """The recipe over two samples that hold nothing: shapes come from `table.json`."""
-    known = read_table(workdir)
+    known = table_description.read(workdir)
     count, mean = 2, np.asarray(known["mean_target"], np.float64)
     graph = {k: np.zeros((count, *shape), np.float64) for k, shape in known["graph"].items()}
     image = None if known["image"] is None else np.zeros((count, *known["image"]), np.uint8)
@@ -339,8 +316,6 @@ def hollow(config: Config, workdir: Path) -> Recipe:
 
 def loaded(recipe: Recipe, state: TrainState, config: Config, workdir: Path) -> Any:
     """The trained model as a function of columns."""
-    from protojax.predicting import Predict
-
     return Predict(recipe, state, config, workdir)
 
 
