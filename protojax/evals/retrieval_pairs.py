@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 from protojax.evals.retrieval import Best, best_positive, expected_rank, expected_recall
 
 RECALLS = (1, 5, 10)
-TIE = 1e-6  # cosines in float32: strict comparison would order what is equal by rounding
+TIE = 1e-6  # embeddings are float32: strict comparison would order what is equal by their rounding
 
 
 def prefix_units(embeddings: np.ndarray, width: int) -> np.ndarray:
@@ -57,13 +57,16 @@ def _direction(
     if not (np.isfinite(queries).all() and np.isfinite(gallery).all()):
         raise ValueError("embeddings must be finite; a row holds NaN or infinity")
     size = len(gallery)
+    # float64: products of equal rows differ by 3e-7 in float32, whatever else stands in the block, and what ties would
+    # depend on it.
+    columns = gallery.astype(np.float64).T
     ranks: list[np.ndarray] = []
     found: dict[int, list[np.ndarray]] = {k: [] for k in ks}
     chance: dict[int, list[np.ndarray]] = {k: [] for k in ks}
     for first in range(0, len(queries), block):
         rows = slice(first, first + block)
         positive = positives(rows)
-        best = best_positive(queries[rows] @ gallery.T, positive, TIE)
+        best = best_positive(queries[rows].astype(np.float64) @ columns, positive, TIE)
         count = positive.sum(axis=1)
         level = Best(np.zeros_like(count), np.full_like(count, size), count)
         ranks.append(expected_rank(best))

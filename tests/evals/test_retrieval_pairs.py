@@ -86,6 +86,19 @@ def test_equal_pairs_are_found_and_prefixes_are_renormalised():
         one_direction(text * np.nan, text, np.arange(12), np.arange(12))
 
 
+@pytest.mark.parametrize("spread", [1e-5, 1e-4, 3e-4, 3e-3])
+def test_a_constant_side_is_at_chance_however_close_the_other_sides_rows_are(spread):
+    """As in training: the text is one vector, the images are driven towards another one."""
+    draw = np.random.default_rng(0)
+    text = np.tile(draw.normal(size=(1, 64)), (1100, 1)).astype(np.float32)
+    images = (draw.normal(size=(1, 64)) + spread * draw.normal(size=(1100, 64))).astype(np.float32)
+    found = pair_retrieval(images, text, np.arange(1100), widths=(64, 16))
+    for side in ("i2t", "t2i"):
+        for report in found[side].values():
+            for k, chance in report["chance"].items():
+                assert report["recall"][k] == pytest.approx(chance, rel=1e-9)
+
+
 def test_side_report_and_held_out_loss_of_a_constant_tower():
     constant = np.ones((12, D), np.float32)
     report = side_report(constant, WIDTHS)
