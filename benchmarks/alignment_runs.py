@@ -142,7 +142,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
     for r in records:
         ok = "" if r["ok"] is None else "yes" if r["ok"] else "**no**"
         cells = (r["row"], r["seed"], r["check"], r["target"], _cell(r["seen"]), ok, f"`{r['command']}`")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
