@@ -111,7 +111,6 @@ def test_the_notebook_parses_and_holds_no_output():
     assert '"outputs": []' in (LAUNCH / "colab.ipynb").read_text()
 
 
-@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     """Every cell in one namespace of a fresh process, as a fresh kernel would."""
     program = f"namespace = {{}}\nfor source in {cells()!r}:\n    exec(compile(source, 'cell', 'exec'), namespace)\n"

@@ -109,7 +109,6 @@ def trained(command: list[str], workdir: Path) -> dict:
     return json.loads((workdir / "summary.json").read_text())
 
 
-@pytest.mark.slow
 def test_the_inat_config_trains_on_mocked_tfds_data(tmp_path):
     write_metadata(tmp_path / "tfds", "i_naturalist2018", ("train", "validation"))
     workdir = tmp_path / "run"
@@ -122,7 +121,6 @@ def test_the_inat_config_trains_on_mocked_tfds_data(tmp_path):
     assert (summary["steps"], summary["finished"]) == (2, True)
 
 
-@pytest.mark.slow
 def test_the_inat_config_trains_on_a_folder_laid_out_as_inaturalist(tmp_path):
     """root/train/Aves/3019/x.jpg and root/val/...: species below supercategories, photographs of several aspects."""
     rng = np.random.default_rng(0)
