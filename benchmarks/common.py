@@ -78,12 +78,12 @@ class Report:
     def compare(self, case: str, contenders: Sequence[Contender], flops: float | None = None, **columns: Any) -> None:
         """Time `contenders` against one another (the first is ours) and record a row each."""
         times = interleave(contenders, self.options.repeats)
-        ours = float(np.median(times[0])) / contenders[0].steps
+        ours = float(np.median(times[0]))
         for contender, taken in zip(contenders, times, strict=False):
-            seconds = float(np.median(taken)) / contender.steps
+            seconds = float(np.median(taken))
             record: dict[str, Any] = {"ms": 1e3 * seconds, "times ours": seconds / ours}
             if contender is contenders[0]:
-                record["A/A"] = float(np.median(times[-1])) / contender.steps / ours
+                record["A/A"] = float(np.median(times[-1])) / ours
                 if flops is not None:
                     record["share of matmul rate"] = flops / seconds / self.machine["matmul_flops"]
             if contender.extra_bytes is not None:
@@ -130,7 +130,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def interleave(contenders: Sequence[Contender], repeats: int) -> list[list[float]]:
-    """Seconds of each contender in turn, and last those of the first one run once more in every round (A/A)."""
+    """Seconds a step of each contender in turn, and last those of the first one run once more in every round (A/A)."""
     turns = [*contenders, contenders[0]]
     for turn in turns:
         for buffer in turn.buffers:
@@ -141,7 +141,7 @@ def interleave(contenders: Sequence[Contender], repeats: int) -> list[list[float
             buffer = turn.buffers[step % len(turn.buffers)]
             start = time.perf_counter()
             turn.wait(turn.call(*buffer))
-            times[slot].append(time.perf_counter() - start)
+            times[slot].append((time.perf_counter() - start) / turn.steps)
     return times
 
 

@@ -18,14 +18,14 @@ DEFAULTS: dict[str, tuple[str, Choice]] = {
 
 
 def fired(record: dict[str, Any]) -> list[str]:
-    """Detectors of a record, notices left out: a list of findings, detector -> finding, or (alignment's table) the
-    names themselves."""
-    found = record.get("findings", record.get("seen"))
+    """Detectors of a record, notices left out: alignment's table holds their names (`seen`), the others `findings`, a
+    list or detector -> finding."""
+    if "seen" in record:
+        return record["seen"]
+    found = record["findings"]
     if isinstance(found, dict):
         return [name for name, finding in found.items() if finding["severity"] != "notice"]
-    return [
-        f if isinstance(f, str) else f["detector"] for f in found if isinstance(f, str) or f["severity"] != "notice"
-    ]
+    return [finding["detector"] for finding in found if finding["severity"] != "notice"]
 
 
 def runs(folder: Path) -> Iterator[tuple[str, str, list[list[str]]]]:

@@ -18,8 +18,12 @@ from protojax.estimators import common, restructure, seeding, spherical
 from protojax.ops.unit import unit
 from protojax.schedules import Schedule, ScheduleSpec, check_choice, make_schedule
 
-# With every=0: sweeps over the memory while a row stays in it.
-SWEEPS = 8
+SWEEPS = 8  # over the memory, while a row stays in it
+
+
+def turnover(memory: int, rows: int) -> int:
+    """Steps between two sweeps with `every=0`, for batches of so many rows."""
+    return max(1, memory // (SWEEPS * rows))
 
 
 class _Options(NamedTuple):
@@ -180,7 +184,7 @@ def _build(options: _Options) -> Estimator:
         if options.estimated:
             new = {**new, "components": _with_estimated_prior(new["components"], stats, options)}
         late = common.fraction(S, step) >= options.restructure_from
-        every = options.every or max(1, options.memory // (SWEEPS * features.shape[0]))
+        every = options.every or turnover(options.memory, features.shape[0])
         if every == 1:
             new, swept = _sweep(new, rate, options, late, key)
         else:

@@ -72,16 +72,21 @@ def best_positive(scores: np.ndarray, positive: np.ndarray, tolerance: float = 0
 def _block(scores: np.ndarray, best: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
     """Smallest and largest score [Q,1] of the run of scores, sorted, around `best` whose steps are <= tolerance."""
     ordered = np.sort(scores, axis=1)
-    place = np.arange(scores.shape[1])[None, :]
     with np.errstate(invalid="ignore"):  # -inf - -inf: between rows that are not in the gallery
         apart = np.diff(ordered, axis=1) > tolerance
-    edge = np.ones((len(scores), 1), bool)
-    first = np.maximum.accumulate(np.where(np.concatenate([edge, apart], axis=1), place, 0), axis=1)
-    ends = np.where(np.concatenate([apart, edge], axis=1), place, place[0, -1])
-    last = np.minimum.accumulate(ends[:, ::-1], axis=1)[:, ::-1]
-    at = np.minimum((ordered < best).sum(axis=1, keepdims=True), place[0, -1])
-    low, high = (np.take_along_axis(ordered, np.take_along_axis(end, at, axis=1), axis=1) for end in (first, last))
+    ends = _runs(np.concatenate([np.ones((len(scores), 1), bool), apart], axis=1))
+    at = np.minimum((ordered < best).sum(axis=1, keepdims=True), scores.shape[1] - 1)
+    low, high = (np.take_along_axis(ordered, np.take_along_axis(end, at, axis=1), axis=1) for end in ends)
     return low, high
+
+
+def _runs(new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last place int [Q,M] of the run that each place is in; new bool [Q,M]: where a run begins."""
+    queries, rows = new.shape
+    place = np.broadcast_to(np.arange(rows), new.shape)
+    first = np.maximum.accumulate(np.where(new, place, 0), axis=1)
+    ends = np.concatenate([new[:, 1:], np.ones((queries, 1), bool)], axis=1)
+    return first, np.minimum.accumulate(np.where(ends, place, rows)[:, ::-1], axis=1)[:, ::-1]
 
 
 def expected_recall(best: Best, k: int) -> np.ndarray:
@@ -125,9 +130,7 @@ def expected_average_precision(scores: np.ndarray, positive: np.ndarray) -> np.n
     positive *= inside
     place = np.broadcast_to(np.arange(rows), scores.shape)
     new = np.concatenate([np.ones((queries, 1), bool), np.diff(scores, axis=1) != 0], axis=1) if rows else inside
-    first = np.maximum.accumulate(np.where(new, place, 0), axis=1)  # where this row's block begins
-    last = np.concatenate([new[:, 1:], np.ones((queries, 1), bool)], axis=1)
-    end = np.minimum.accumulate(np.where(last, place, rows)[:, ::-1], axis=1)[:, ::-1]
+    first, end = _runs(new)  # of this row's block
     total = np.concatenate([np.zeros((queries, 1)), positive.cumsum(axis=1)], axis=1)
     before = np.take_along_axis(total, first, axis=1)
     block = np.take_along_axis(total, end + 1, axis=1) - before

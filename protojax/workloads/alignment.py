@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from protojax.api import Probe, Recipe, TrainState
+from protojax.api import Probe
 from protojax.config import Config, component
 from protojax.data import pairs_registry
 from protojax.workloads import base
@@ -98,21 +98,6 @@ def report_data(config: Config, workdir: Path, probe: Probe) -> Any:
     return path
 
 
-def hollow(config: Config, workdir: Path) -> Recipe:
-    """The recipe on the run's own description of its data (`alignment.npz`, written before the first step)."""
-    return hollow_recipe(config, workdir)
-
-
-def loaded(recipe: Recipe, state: TrainState, config: Config, workdir: Path) -> Any:
-    """Both towers as functions: `encode(images)`, `encode_text(captions)`."""
-    return AlignedEncode(recipe, state, config, workdir)
-
-
-def begun(config: Config, recipe: Recipe, workdir: Path) -> None:
-    """What the model needs beside its weights, before the first step."""
-    write_shapes(config, recipe, workdir)
-
-
 WORKLOAD = base.Workload(
     build=build,
     begin=begin,
@@ -120,7 +105,7 @@ WORKLOAD = base.Workload(
     summarise=summarise,
     lines=lines,
     report_data=report_data,
-    hollow=hollow,
-    loaded=loaded,
-    begun=begun,
+    hollow=hollow_recipe,
+    loaded=AlignedEncode,
+    begun=write_shapes,
 )

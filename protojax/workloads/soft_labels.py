@@ -14,7 +14,7 @@ import numpy as np
 
 from protojax import objectives as objective_lib
 from protojax import optim
-from protojax.api import Batch, Encoder, Objective, Probe, PyTree, Recipe, Source, Stopping, TrainState
+from protojax.api import Batch, Encoder, Objective, Probe, PyTree, Recipe, Source, Stopping
 from protojax.config import Component, Config, check_options, component, options_of
 from protojax.data import soft_labels as data_lib
 from protojax.data import tables, views
@@ -314,11 +314,6 @@ def hollow(config: Config, workdir: Path) -> Recipe:
     return assemble(config, {name: empty for name in data_lib.SPLIT_NAMES}, known["preparation"])
 
 
-def loaded(recipe: Recipe, state: TrainState, config: Config, workdir: Path) -> Any:
-    """The trained model as a function of columns."""
-    return Predict(recipe, state, config, workdir)
-
-
 def summarise(config: Config, result: Any) -> dict[str, Any]:
     """The last evaluation, and the same right after initialisation as control."""
     first = result.initial.get("soft_labels", {})
@@ -365,4 +360,4 @@ def report_data(config: Config, workdir: Path, probe: Probe) -> Any:
 
 
 WORKLOAD = base.Workload(build=build, begin=begin, fill=fill, summarise=summarise, lines=lines, report_data=report_data,
-                         hollow=hollow, loaded=loaded, begun=begun)  # fmt: skip
+                         hollow=hollow, loaded=Predict, begun=begun)  # fmt: skip

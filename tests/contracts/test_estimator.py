@@ -130,17 +130,17 @@ def test_statistics_are_sums_over_unmasked_rows(name, key):
     halves = [statistics(S, jax.tree.map(lambda a: a[part], rows)) for part in (slice(0, 5), slice(5, 10))]  # noqa: B023
     # Entropies are differences of sums as large as sum_i |l_i|, so that rounding is relative to those (about 1e3).
     assert_tree_close(jax.tree.map(jnp.add, *halves), whole, rtol=2e-5, atol=2e-4)
-    assert_tree_equal(step(S, rows, jnp.asarray(1), key), step(S, poisoned, jnp.asarray(1), key))
+    assert_tree_equal(step(S, rows, jnp.asarray(1, jnp.int32), key), step(S, poisoned, jnp.asarray(1, jnp.int32), key))
 
 
 def test_empty_batch_changes_nothing_and_single_row_is_finite(name, key):
     estimator, step = built(name)
     S = started(estimator, key)
-    S, _ = step(S, rows_of(key), jnp.asarray(0), key)
-    unchanged, info = step(S, rows_of(key, mask=np.zeros(N, bool)), jnp.asarray(1), key)
+    S, _ = step(S, rows_of(key), jnp.asarray(0, jnp.int32), key)
+    unchanged, info = step(S, rows_of(key, mask=np.zeros(N, bool)), jnp.asarray(1, jnp.int32), key)
     assert_tree_equal(unchanged, S)
     assert all(float(total) == 0.0 and float(count) == 0.0 for total, count in info.values())
-    one, _ = step(S, rows_of(key, mask=np.arange(N) == 3), jnp.asarray(1), key)
+    one, _ = step(S, rows_of(key, mask=np.arange(N) == 3), jnp.asarray(1, jnp.int32), key)
     assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(one))
     if estimator.start_rows:
         nothing = rows_of(key, estimator.start_rows, mask=np.zeros(estimator.start_rows, bool))
