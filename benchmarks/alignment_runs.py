@@ -131,6 +131,11 @@ def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list
     return [record for key in sorted(groups, key=order) for record in groups[key]]
 
 
+def _line(*cells: Any) -> str:
+    """One line of a table; a bar inside a cell is no border."""
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
 def page(records: Sequence[dict[str, Any]]) -> str:
     lines = ["# Image-text alignment: acceptance table", "",
              "Made by `python -m benchmarks.alignment`; every line names its command.",
@@ -142,7 +147,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
     for r in records:
         ok = "" if r["ok"] is None else "yes" if r["ok"] else "**no**"
         cells = (r["row"], r["seed"], r["check"], r["target"], _cell(r["seen"]), ok, f"`{r['command']}`")
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+        lines.append(_line(*cells))
     return "\n".join(lines) + "\n"
 
 
@@ -158,7 +163,7 @@ def spread(records: Sequence[dict[str, Any]]) -> list[str]:
     for (row, check), own in figures.items():
         seen = [float(r["seen"]) for r in own]
         values = (_cell(float(np.mean(seen))), f"{_cell(min(seen))} to {_cell(max(seen))}", len(seen))
-        lines.append("| " + " | ".join(map(str, (row, check, *values, _cell(own[0]["chance"])))) + " |")
+        lines.append(_line(row, check, *values, _cell(own[0]["chance"])))
     return [*lines, ""]
 
 

@@ -232,13 +232,14 @@ def complete_sweep(
     kind = product_dtype(options.matmul_dtype, sample)
     # Logits of 2 MB of float32; with few rows a chunk the sums' own traffic would cost more than the saved product, so
     # for many prototypes up to 256 rows while 13 MB hold their logits (keys and sums share a cache with them), and
-    # never below 128. Chunks of equal length: little padding; of whole vector registers: loops along rows of 205
-    # numbers instead of 208 took a tenth of the whole sweep longer.
+    # never below 128. Chunks of equal length: little padding. Where their length is ours to choose, whole vector
+    # registers: loops along 205 numbers instead of 208 took a tenth of the whole sweep longer.
     fewest = max(128, min(256, 13 * 2**18 // count))
     wanted = options.row_tile if options.row_tile is not None else max(fewest, 2**19 // count)
     chunk_number = max(1, -(-length // wanted))
     row_tile = max(1, -(-length // chunk_number))
-    row_tile = row_tile if chunk_number == 1 else -(-row_tile // 16) * 16
+    if options.row_tile is None and chunk_number > 1:
+        row_tile = -(-row_tile // 16) * 16
     keys, tall_bias = prototypes.astype(operand), bias.astype(total)[:, None]
     largest = jnp.sqrt(jnp.max(jnp.sum(keys.astype(total) ** 2, axis=1)))
     highest = jnp.max(tall_bias)

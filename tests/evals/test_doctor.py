@@ -179,10 +179,9 @@ def test_the_table_of_failures_names_every_config_with_what_it_fires():
 
 def test_the_page_of_measurements_is_up_to_date():
     """docs/results/doctor.md is made of its records; every config is in it, and each fires what it must."""
-    records = measured.read_lines(ROOT / measured.OUT)
-    assert (ROOT / measured.OUT).with_suffix(".md").read_text(encoding="utf-8") == measured.page(
-        records, (ROOT / measured.OUT).parent
-    )
+    path = ROOT / measured.OUT
+    records = measured.read_lines(path)
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == measured.page(records, path.parent)
     failures = {r["config"]: r for r in records if r["kind"] == "failure"}
     assert set(failures) == set(CONFIGS)
     assert [name for name, r in failures.items() if measured.silent(r)] == []

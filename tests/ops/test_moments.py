@@ -158,6 +158,19 @@ def test_shift_by_bound_or_by_maximum_gives_the_same():
         close(rows, twins.lse(scale * queries, prototypes, bias))
 
 
+def test_rows_a_chunk_are_those_asked_for_and_whole_registers_otherwise():
+    """The block of logits [K, rows]: a caller's `row_tile` as it is; our own choice a multiple of 16."""
+
+    def blocks(rows, count, **options):
+        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, D), (count, D), (count,), (rows, D))]
+        run = lambda q, m, c, h: accumulate(q, m, c, h, jnp.ones(rows, bool), second="none", **options)  # noqa: E731
+        return str(jax.make_jaxpr(run)(*shapes))
+
+    assert f"f32[{K},8]" in blocks(N, K, row_tile=8)
+    assert f"f32[{K},{N}]" in blocks(N, K)
+    assert "f32[16384,208]" in blocks(1024, 16_384)
+
+
 def test_shift_by_bound_keeps_float32_precision_at_its_edge():
     """Logits within 59 of one another, K large: sums neither overflow nor lose the small rows."""
     rows = jnp.asarray([[59.0], [-59.0], [0.0]], jnp.float32)
