@@ -67,6 +67,8 @@ class Bench:
             if found.returncode:
                 print(found.stdout[-2000:], found.stderr[-2000:], file=sys.stderr)
                 raise SystemExit(f"{job.shown(seed)} failed")
+            if not (workdir / "summary.json").exists():  # SIGTERM saves and leaves with status 0
+                raise SystemExit(f"{job.shown(seed)} was stopped before its end; the same command goes on from there")
             print(f"{workdir.name}: {time.time() - began:.0f} s", flush=True)
         summary = json.loads((workdir / "summary.json").read_text())
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

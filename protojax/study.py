@@ -13,6 +13,9 @@ import inspect
 import json
 import math
 import multiprocessing
+import multiprocessing.util
+import os
+import queue
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,6 +131,9 @@ def run(
 ) -> None:
     """Train and measure what is missing of the trials (`only` these labels), `jobs` processes at a time; 0: here.
 
+    Several processes divide the cores among them (`core_shares`): small networks keep one core busy but not two, and
+    processes that compete for all of them lose more than they gain.
+
     A finished run stays as it is, one that was stopped is resumed, a failed one is named at the end and does not stop
     the others. data: the folder that a relative `data.root` is in. Raises ValueError for an unknown label, data that
     are not there and a finished run of another configuration, RuntimeError when runs failed.
@@ -168,11 +174,34 @@ class _Here(concurrent.futures.Executor):
         return future
 
 
+def core_shares(cores: Sequence[int], jobs: int) -> list[set[int]]:
+    """`jobs` disjoint sets of equal size that `cores` are cut into; none where there are not enough, or one job."""
+    size = len(cores) // jobs
+    return [] if jobs < 2 or not size else [{*cores[i * size : (i + 1) * size]} for i in range(jobs)]
+
+
 def _pool(jobs: int) -> concurrent.futures.Executor:
     if jobs == 0:
         return _Here()
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1)
+    free = context.Queue()
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
+    for share in core_shares(sorted(affinity(0)), jobs) if affinity else []:
+        free.put(share)
+    return concurrent.futures.ProcessPoolExecutor(
+        jobs, mp_context=context, max_tasks_per_child=1, initializer=_use_cores, initargs=(free,)
+    )
+
+
+def _use_cores(free: Any) -> None:
+    """Keep this process to a share of the cores while it lives. Before JAX starts: it counts the cores once."""
+    try:
+        # A process that died without giving back its share leaves a later one without: that one may use all.
+        share = free.get(timeout=1.0)
+    except queue.Empty:
+        return
+    os.sched_setaffinity(0, share)
+    multiprocessing.util.Finalize(None, free.put, args=(share,), exitpriority=10)
 
 
 def _finished(study: Study, where: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -181,6 +182,31 @@ def test_at_another_batch_size_as_many_images_are_seen():
     assert small.method.optim.options["peak_lr"] == pytest.approx(whole.method.optim.options["peak_lr"] / 2)
     assert small.method.teacher.start**4 == pytest.approx(whole.method.teacher.start)
     assert small.method.estimator == whole.method.estimator
+
+
+@pytest.mark.parametrize(
+    ("cores", "jobs", "shares"),
+    [
+        ([0, 1], 2, [{0}, {1}]),
+        ([2, 3, 5, 7, 8], 2, [{2, 3}, {5, 7}]),
+        ([0, 1], 1, []),  # one process has them all
+        ([0, 1], 3, []),  # nothing to divide
+    ],
+)
+def test_cores_are_divided_among_jobs(cores, jobs, shares):
+    assert study.core_shares(cores, jobs) == shares
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system cannot keep a process to some cores")
+def test_every_job_has_its_own_cores_and_gives_them_back(monkeypatch):
+    mine = os.sched_getaffinity(0)
+    monkeypatch.setattr(study, "core_shares", lambda cores, jobs: [{min(mine)}])
+    with study._pool(1) as pool:  # each task in a process of its own: the second gets what the first gave back
+        seen = [pool.submit(os.sched_getaffinity, 0).result() for _ in range(2)]
+    assert seen == [{min(mine)}] * 2
+    monkeypatch.setattr(study, "core_shares", lambda cores, jobs: [])
+    with study._pool(1) as pool:
+        assert pool.submit(os.sched_getaffinity, 0).result() == mine
 
 
 def test_unknown_names(planned, tmp_path, capsys):
