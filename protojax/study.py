@@ -1,22 +1,20 @@
-"""Studies: arms x seeds over configs, resumable, with the tables and plots that a results page is made of.
+"""Studies: arms x seeds over configs, resumable.
 
 A study is a Python file with `get_study(smoke=False) -> Study`, or `get_study(smoke=False, argument='...')` for a study
 over several data sets, asked for as NAME:ARGUMENT (see configs/studies/). `run` trains and measures what is missing,
-each run in a process of its own; `write` turns the summaries into Markdown, a JSON line a run and plots. The page keeps
-what people wrote: only what stands between the two markers is replaced.
+each run in a process of its own; `study_page.write` turns the summaries into Markdown, a JSON line a run and plots.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 import inspect
 import json
-import math
 import multiprocessing
 import multiprocessing.util
 import os
 import queue
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +25,6 @@ import ml_collections
 from protojax import configs_path, measuring
 from protojax.config import Config, freeze, suggest
 from protojax.measuring import Measure
-from protojax.reporting.records import as_number, dig
-
-BEGIN, END = "<!-- study: begin (written by `protojax study`) -->", "<!-- study: end -->"
 
 
 @dataclass(frozen=True)
@@ -120,6 +115,29 @@ def workdir(root: Path, trial: Trial, seed: int) -> Path:
     return root / f"{trial.label.replace(' ', '_').replace('/', '_')}-{seed}"
 
 
+def identity(trial: Trial, seed: int) -> str:
+    """A name for what the run is: a hash of all that can change its results (`running.fingerprint`)."""
+    from protojax import running
+
+    return hashlib.sha256(json.dumps(running.fingerprint(config_of(trial, seed)), sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
+
+
+def recorded(study: Study, records: Path | None) -> dict[str, dict[int, dict[str, Any]]]:
+    """label -> seed -> record, from the records that `study_page.write` left (the runs may be gone). Left out are
+    those of another configuration than the trial's, and those that lack a measure of the study."""
+    lines = [] if records is None or not records.exists() else records.read_text().splitlines()
+    trials = {trial.label: trial for trial in study.trials}
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in map(json.loads, lines):
+        trial, seed = trials.get(record["trial"]), record["seed"]
+        measured = {m.name for m in study.measures} <= {*record.get("measured", {})}
+        if trial and measured and seed in study.seeds and record.get("configuration") == identity(trial, seed):
+            found.setdefault(trial.label, {})[seed] = record
+    return found
+
+
 def run(
     study: Study,
     root: Path,
@@ -127,6 +145,7 @@ def run(
     only: Sequence[str] = (),
     jobs: int = 1,
     data: Path | None = None,
+    records: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Train and measure what is missing of the trials (`only` these labels), `jobs` processes at a time; 0: here.
@@ -135,7 +154,8 @@ def run(
     processes that compete for all of them lose more than they gain.
 
     A finished run stays as it is, one that was stopped is resumed, a failed one is named at the end and does not stop
-    the others. data: the folder that a relative `data.root` is in. Raises ValueError for an unknown label, data that
+    the others. data: the folder that a relative `data.root` is in. records: what stands there (`recorded`) is not
+    trained again. Raises ValueError for an unknown label, data that
     are not there and a finished run of another configuration, RuntimeError when runs failed.
     """
     labels = [t.label for t in study.trials]
@@ -146,7 +166,11 @@ def run(
     for trial, seed in wanted:  # what is wrong is found before hours of training
         _check(trial, measuring.placed(config_of(trial, seed), data), workdir(root, trial, seed))
     todo = [(t, s) for t, s in wanted if not _finished(study, workdir(root, t, s))]
-    say(f"{study.name}: {len(wanted)} runs, {len(wanted) - len(todo)} finished, {len(todo)} to go")
+    kept = recorded(study, records)
+    known = [(t, s) for t, s in todo if s in kept.get(t.label, {})]
+    todo = [pair for pair in todo if pair not in known]
+    done = len(wanted) - len(todo)
+    say(f"{study.name}: {len(wanted)} runs, {done} finished ({len(known)} on record), {len(todo)} to go")
     failed = []
     with _pool(jobs) as pool:
         futures = {pool.submit(_train, t, s, workdir(root, t, s), study.measures, data): (t, s) for t, s in todo}
@@ -233,117 +257,3 @@ def _train(trial: Trial, seed: int, where: Path, measures: tuple[Measure, ...], 
         with (where / "log.txt").open("a") as log:
             running.train_config(config, where, say=lambda text: print(text, file=log, flush=True))
     measuring.take(where, measures, data)
-
-
-# ------------------------------------------------------------------------------------------------- results
-def results(study: Study, root: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """label -> seed -> summary, of the runs that are finished."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for trial in study.trials:
-        for seed in study.seeds:
-            path = workdir(root, trial, seed) / "summary.json"
-            if path.exists():
-                numbers = json.loads(path.read_text())
-                taken = measuring.found(path.parent, study.measures)
-                found.setdefault(trial.label, {})[seed] = {**numbers, **({"measured": taken} if taken else {})}
-    return found
-
-
-def values(row: Row, runs: Mapping[int, Mapping[str, Any]]) -> list[float]:
-    """The row's numbers, a seed each, scaled; seeds without one are left out."""
-    summaries = [summary for _, summary in sorted(runs.items())]
-    if isinstance(row.value, str):
-        path = row.value.split("/")
-        raw = [as_number(dig(summary, *path)) for summary in summaries]
-    else:
-        raw = [row.value(summary) for summary in summaries]
-    return [row.scale * v for v in raw if v is not None]
-
-
-def spread(numbers: Sequence[float], digits: int) -> str:
-    """'mean ± sample standard deviation', the number alone for one seed, a dash for none."""
-    if not numbers:
-        return "–"
-    mean = f"{statistics.fmean(numbers):.{digits}f}"
-    return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
-
-
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float] | None:
-    """(difference of means, its standard error sqrt(s1^2 / n1 + s2^2 / n2)); None below two numbers a side."""
-    if len(ours) < 2 or len(theirs) < 2:
-        return None
-    error = math.sqrt(statistics.variance(ours) / len(ours) + statistics.variance(theirs) / len(theirs))
-    return statistics.fmean(ours) - statistics.fmean(theirs), error
-
-
-def markdown(study: Study, root: Path, command: str) -> str:
-    """The generated part of a results page: command, machine, table of means and spreads, comparison."""
-    found = results(study, root)
-    if not found:
-        raise ValueError(f"no run of study {study.name!r} is finished below {root}: run it without --tables first.")
-    some = next(iter(next(iter(found.values())).values()))
-    versions = ", ".join(f"{k} {v}" for k, v in some["versions"].items())
-    labels = [t.label for t in study.trials if t.label in found]
-    out = [study.question, "", f"Command: `{command}`. Device: {some['device']}. {versions}.", ""]
-    cells = [[spread(values(row, found[n]), row.digits) for n in labels] for row in study.rows]
-    counted = [f"{n} ({len(found[n])})" for n in labels]
-    out += _table("mean ± standard deviation over seeds", [r.title for r in study.rows], counted, cells, study.tall)
-    compared = [row for row in study.rows if row.title in study.compared]
-    if study.reference in found and compared:
-        out += ["", f"Difference of {study.reference} to each (its standard error):", ""]
-        others = [n for n in labels if n != study.reference]
-        ours = found[study.reference]
-        cells = [[_gap(row, ours, found[n]) for n in others] for row in compared]
-        out += _table("", [r.title for r in compared], others, cells, study.tall)
-    missing = [f"{t.label}-{s}" for t in study.trials for s in study.seeds if s not in found.get(t.label, {})]
-    if missing:
-        out += ["", f"Not run: {', '.join(missing)}."]
-    return "\n".join(out)
-
-
-def _gap(row: Row, ours: Mapping[int, Any], theirs: Mapping[int, Any]) -> str:
-    pair = difference(values(row, ours), values(row, theirs))
-    return "–" if pair is None else f"{pair[0]:+.{row.digits}f} ({pair[1]:.{row.digits + 1}f})"
-
-
-def _table(corner: str, rows: list[str], columns: list[str], cells: list[list[str]], turned: bool) -> list[str]:
-    """Lines of a Markdown table, cells[row][column]; `turned`: columns go down."""
-    if turned:
-        rows, columns, cells = columns, rows, [list(column) for column in zip(*cells, strict=True)]
-    lines = [[corner, *columns], ["---"] * (1 + len(columns))]
-    lines += [[title, *line] for title, line in zip(rows, cells, strict=True)]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def insert(page: str, generated: str) -> str:
-    """The page with the generated part between the markers (appended where there are none yet)."""
-    part = f"{BEGIN}\n\n{generated}\n\n{END}"
-    if BEGIN in page and END in page:
-        head, _, rest = page.partition(BEGIN)
-        return head + part + rest.partition(END)[2]
-    return (page.rstrip() + "\n\n" if page.strip() else "") + part + "\n"
-
-
-def write(study: Study, root: Path, out: Path, command: str) -> list[Path]:
-    """Write OUT.md (its generated part), OUT.jsonl (a line a run) and OUT.svg (curves). Returns the paths."""
-    generated = markdown(study, root, command)
-    written = [out, out.with_suffix(".jsonl")]
-    if study.curves:
-        from protojax.reporting.study_plot import draw
-
-        trials = {t.label: [workdir(root, t, s) for s in study.seeds] for t in study.trials}
-        picture = out.with_suffix(".svg")
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        picture.write_text(draw(study.curves, trials))
-        generated += f"\n\n![{', '.join(study.curves)} over training]({picture.name})"
-        written.append(picture)
-    page = out.read_text() if out.exists() else f"# {study.name}\n"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(insert(page, generated))
-    lines = [
-        {"study": study.name, "trial": label, "command": command, **{k: v for k, v in summary.items() if k != "config"}}
-        for label, runs in results(study, root).items()
-        for _, summary in sorted(runs.items())
-    ]
-    written[1].write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return written

@@ -34,6 +34,7 @@ LAYERS = (
         "audit",
         "running",
         "study",
+        "study_page",
         "measuring",
         "overhead",
         "evidence",

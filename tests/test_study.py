@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from protojax import cli, configs_path, evidence, measuring, parallel, study, summary
+from protojax import cli, configs_path, evidence, measuring, parallel, study, study_page, summary
 from protojax.config import Config
 from protojax.measuring import Evaluated
 from protojax.study import Row, Study, Trial
@@ -58,7 +58,7 @@ def planned() -> Study:
 def test_the_table_holds_means_spreads_and_standard_errors(planned, tmp_path):
     ours, theirs = [0.30, 0.32, 0.34], [0.20, 0.20, 0.26]
     plant(tmp_path, planned, {"ours": ours, "theirs": theirs})
-    text = study.markdown(planned, tmp_path, "protojax study planned")
+    text = study_page.markdown(planned, study_page.results(planned, tmp_path), "protojax study planned")
     sd = lambda x: 100 * np.std(x, ddof=1)  # noqa: E731
     assert f"| k-NN, % | 32.0 ± {sd(ours):.1f} | 22.0 ± {sd(theirs):.1f} |" in text
     assert "| absent | – | – |" in text
@@ -69,17 +69,17 @@ def test_the_table_holds_means_spreads_and_standard_errors(planned, tmp_path):
 
 def test_what_is_missing_is_named_and_one_seed_has_no_spread(planned, tmp_path):
     plant(tmp_path, planned, {"ours": [0.3]})
-    text = study.markdown(planned, tmp_path, "x")
+    text = study_page.markdown(planned, study_page.results(planned, tmp_path), "x")
     assert "| k-NN, % | 30.0 |" in text
     assert "Not run: ours-1, ours-2, theirs-0, theirs-1, theirs-2." in text
-    with pytest.raises(ValueError, match="no run of study 'planned' is finished"):
-        study.markdown(planned, tmp_path / "nowhere", "x")
+    with pytest.raises(ValueError, match="no run of study 'planned' is finished or on record"):
+        study_page.markdown(planned, {}, "x")
 
 
 def test_a_page_keeps_what_people_wrote():
-    first = study.insert("# Title\n\nBefore.\n", "one")
+    first = study_page.insert("# Title\n\nBefore.\n", "one")
     edited = first.replace("Before.", "Before, edited.") + "\nAfter.\n"
-    second = study.insert(edited, "two")
+    second = study_page.insert(edited, "two")
     assert "Before, edited." in second
     assert second.endswith("After.\n")
     assert "two" in second
@@ -88,11 +88,47 @@ def test_a_page_keeps_what_people_wrote():
 
 def test_write_leaves_a_line_a_run(planned, tmp_path):
     plant(tmp_path, planned, {"ours": [0.3, 0.4], "theirs": [0.2]})
-    page, lines = study.write(planned, tmp_path, tmp_path / "out" / "page.md", "protojax study planned")
+    page, lines = study_page.write(planned, tmp_path, tmp_path / "out" / "page.md", "protojax study planned")
     records = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [(r["trial"], r["seed"]) for r in records] == [("ours", 0), ("ours", 1), ("theirs", 0)]
     assert all(r["command"] == "protojax study planned" for r in records)
-    assert study.BEGIN in page.read_text()
+    assert study_page.BEGIN in page.read_text()
+
+
+def test_a_study_goes_on_from_its_records_where_the_runs_are_gone(planned, tmp_path):
+    """Two sittings: tables and curves keep the first one's runs, and only what is not on record is trained."""
+    planned = dataclasses.replace(planned, curves={"k-NN": "knn/fine/20"}, seeds=(0, 1))
+    first, second, page = tmp_path / "first", tmp_path / "second", tmp_path / "page.md"
+    plant(first, planned, {"ours": [0.3], "theirs": [0.2]})
+    where = study.workdir(first, planned.trials[0], 0)
+    evaluations = [
+        {"kind": "eval", "step": s, "metrics": {"knn": {"fine": {"20": v}}}} for s, v in ((0, 0.1), (4, 0.3))
+    ]
+    (where / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in evaluations))
+    study_page.write(planned, first, page, "x")
+    plant(second, planned, {"ours": [0.5]})  # seed 0 again: a run that is there comes before its record
+    found = study_page.results(planned, second, page.with_suffix(".jsonl"))
+    assert {n: {s: r["knn"]["fine"]["20"] for s, r in runs.items()} for n, runs in found.items()} == {
+        "ours": {0: 0.5},
+        "theirs": {0: 0.2},
+    }
+    said: list[str] = []
+    study.run(planned, tmp_path / "third", only=(), jobs=0, records=page.with_suffix(".jsonl"), say=said.append)
+    assert "4 runs, 2 finished (2 on record), 2 to go" in said[0]
+    study_page.write(planned, tmp_path / "third", page, "x")
+    kept = study_page.results(planned, tmp_path / "nowhere", page.with_suffix(".jsonl"))
+    assert {n: sorted(runs) for n, runs in kept.items()} == {"ours": [0, 1], "theirs": [0, 1]}
+    assert kept["ours"][0]["curves"] == {"k-NN": [[0.0, 4.0], [0.1, 0.3]]}
+    assert "Not run" not in page.read_text()
+
+
+def test_records_of_another_configuration_or_without_a_measure_count_nothing(planned, tmp_path):
+    plant(tmp_path, planned, {"ours": [0.3], "theirs": [0.2]})
+    records = study_page.write(planned, tmp_path, tmp_path / "page.md", "x")[1]
+    changed = Trial("ours", planned.trials[0].config, {"method.steps": 3})
+    other = dataclasses.replace(planned, trials=(changed, planned.trials[1]))
+    assert {n: sorted(runs) for n, runs in study.recorded(other, records).items()} == {"theirs": [0]}
+    assert study.recorded(dataclasses.replace(planned, measures=(Evaluated("away"),)), records) == {}
 
 
 def test_changes_reach_the_configuration_and_typos_do_not():
@@ -130,7 +166,8 @@ def test_bad_study_files(body, message, tmp_path):
 
 def test_a_trial_a_line(planned, tmp_path):
     plant(tmp_path, planned, {"ours": [0.30, 0.32], "theirs": [0.20, 0.20]})
-    text = study.markdown(dataclasses.replace(planned, tall=True), tmp_path, "x").splitlines()
+    tall = dataclasses.replace(planned, tall=True)
+    text = study_page.markdown(tall, study_page.results(tall, tmp_path), "x").splitlines()
     assert "| mean ± standard deviation over seeds | k-NN, % | absent |" in text
     assert "| ours (2) | 31.0 ± 1.4 | – |" in text
     assert "| theirs | +11.0 (1.00) |" in text
@@ -145,7 +182,7 @@ def test_measures_are_found_by_rows_and_make_a_run_unfinished_until_they_are_the
     measuring.path(where, measured.measures[0]).parent.mkdir()
     measuring.path(where, measured.measures[0]).write_text(json.dumps({"knn": {"fine": {"20": 0.5}}}))
     assert study._finished(measured, where)
-    assert "| away | 50.0 | – |" in study.markdown(measured, tmp_path, "x")
+    assert "| away | 50.0 | – |" in study_page.markdown(measured, study_page.results(measured, tmp_path), "x")
 
 
 def test_a_relative_root_lies_in_the_folder_of_the_data(tmp_path):
@@ -242,7 +279,7 @@ def run_smoke(name: str, runs: Path, page: Path, jobs: int) -> str:
     """Every run of the smoke version ends, and a second call trains nothing. Returns the page."""
     found = study.load(name, smoke=True)
     study.run(found, runs, jobs=jobs, say=lambda text: None)
-    written = study.write(found, runs, page, "x")[0].read_text()
+    written = study_page.write(found, runs, page, "x")[0].read_text()
     assert "Not run" not in written
     said: list[str] = []
     study.run(found, runs, jobs=jobs, say=said.append)

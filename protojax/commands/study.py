@@ -23,16 +23,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train what is missing, write the page, print where."""
     from protojax import study as study_lib
+    from protojax import study_page
 
     if options.jobs < 1:
         raise ValueError(f"--jobs: expected at least 1, got {options.jobs}.")
     study = study_lib.load(options.study, options.smoke)
     root = options.workdir or Path("runs/studies") / ((study.runs or study.name) + ("-smoke" if options.smoke else ""))
+    out = options.out or root / f"{study.name}.md"
     if not options.tables:
         only = tuple(label.strip() for label in options.only.split(",") if label.strip())
-        study_lib.run(study, root, only=only, jobs=options.jobs, data=options.data)
+        study_lib.run(study, root, only=only, jobs=options.jobs, data=options.data, records=out.with_suffix(".jsonl"))
     command = f"protojax study {options.study}" + (" --smoke" if options.smoke else "")
     command += "" if options.data is None else " --data=DIR"
-    for path in study_lib.write(study, root, options.out or root / f"{study.name}.md", command):
+    for path in study_page.write(study, root, out, command):
         print(path)
     return 0
