@@ -10,6 +10,7 @@ The state of the best evaluation lies in a folder of its own, beside the newest 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import socket
@@ -80,6 +81,18 @@ def steps_below(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the storage library's warnings from the user."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class Checkpoints:
     """Numbered checkpoints below one directory.
 
@@ -99,14 +112,15 @@ class Checkpoints:
         self.directory = Path(os.path.abspath(directory))
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
-            create=False,
-            read_only=read_only,
-            enable_async_checkpointing=not read_only,
-            cleanup_tmp_directories=not read_only,
-        )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        with _quiet() if read_only else contextlib.nullcontext():  # it warns that what is read only is read only
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else keep,
+                create=False,
+                read_only=read_only,
+                enable_async_checkpointing=not read_only,
+                cleanup_tmp_directories=not read_only,
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._metric, self.best, self._written = best, None, written
         self._best = Checkpoints(self.directory.parent / BEST, keep=1, written=written) if best else None
         if self._best is not None and (steps := self._best.steps()):

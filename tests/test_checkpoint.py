@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -49,6 +50,18 @@ def test_restored_onto_another_mesh(tmp_path: Path, data, proto, devices):
     assert same(restored, value)
     assert jax.tree.leaves(jax.tree.map(lambda r, s: r.sharding == s, restored, shardings)) == [True] * 3
     again.close()
+
+
+def test_a_reader_is_not_told_that_it_only_reads(tmp_path: Path, caplog):
+    _, _, state = placed(parallel.make_mesh(1, 1, devices=jax.devices()[:1]), tree(3))
+    saved = Checkpoints(tmp_path)
+    saved.save(3, state, {"fingerprint": {}})
+    saved.close()
+    level = logging.getLogger("absl").level
+    with caplog.at_level(logging.WARNING):
+        assert Checkpoints(tmp_path, read_only=True).steps() == [3]
+    assert [record.getMessage() for record in caplog.records] == []
+    assert logging.getLogger("absl").level == level
 
 
 FULL_DISK = """
