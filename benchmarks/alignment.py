@@ -259,6 +259,34 @@ def cross_style_row(bench: Bench, seed: int) -> None:
     figures(bench, seed, "D1", "emoji, known concepts in an unseen style", TOWER, retrieval)
 
 
+def raw_pixels_row(bench: Bench, seed: int) -> None:
+    """The control of D1, which trains nothing and is the same for every seed."""
+    if bench.options.data and not bench.options.smoke:
+        seen, chance = raw_pixels(Path(bench.options.data))
+        check = "control of D1 without training: concept of the most correlated image of the other styles, 32 px"
+        command = "python -m benchmarks.alignment --rows D6 --seeds 0 --data DATA"
+        bench.add("D6", seed, check, "reported", seen, None, command, chance)
+
+
+def raw_pixels(folder: Path, side: int = 32) -> tuple[float, float]:
+    """(share of EmojiTwo's images whose most correlated image of the other styles has their concept, the share for an
+    image at random)."""
+    pixels, concepts = {}, {}
+    for style in ("noto", "twemoji", "openmoji", "emojitwo"):
+        with np.load(folder / f"emoji_{style}_64.npz") as found:
+            images = found["images"].astype(np.float32)
+            concepts[style] = found["concept"]
+        factor = images.shape[1] // side
+        small = images.reshape(len(images), side, factor, side, factor, 3).mean((2, 4)).reshape(len(images), -1)
+        small -= small.mean(1, keepdims=True)
+        pixels[style] = small / np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-6)
+    queries, asked = pixels.pop("emojitwo"), concepts.pop("emojitwo")
+    bank, known = np.concatenate([*pixels.values()]), np.concatenate([*concepts.values()])
+    queries, asked = queries[np.isin(asked, known)], asked[np.isin(asked, known)]
+    right = known[np.argmax(queries @ bank.T, axis=1)] == asked
+    return float(right.mean()), float(np.mean([np.mean(known == concept) for concept in asked]))
+
+
 def unseen_row(bench: Bench, seed: int) -> None:
     for what, job in UNSEEN.items():
         figures(bench, seed, "D2", f"emoji, unseen captions, {what} flags", job, retrieval)
@@ -304,6 +332,7 @@ ROWS: dict[str, Callable[[Bench, int], None]] = {
     "P1": bos_rows, "P2": bos_rows, "P3": bos_rows, "P4": main_rows, "P5": main_rows, "P6": prefix_none_rows,
     "P7": suspects_row, "P8": main_rows, "P9": modes_row, "P10": emoji_rows, "P11": emoji_rows, "P12": resume_row,
     "D1": cross_style_row, "D2": unseen_row, "D3": tiles_row, "D4": grocery_row, "D5": nlvr_row,
+    "D6": raw_pixels_row,
     "A1": factors_row, "A2": shared_row, "A3": prefix_none_rows, "S1": speed_row,
 }  # fmt: skip
 
