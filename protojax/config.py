@@ -46,6 +46,8 @@ class Method:
     """What is learned and how. Exactly one of `epochs` and `steps` is set (0 unsets one).
 
     logit_center: momentum of DINO's centre of the teacher's logits (0.9 there); None: no centre.
+    rows: what an estimator is fitted to: 'views', the teacher's features of all global views, or 'plain', those of each
+        image once and whole, as evaluations see it.
     products: dtype of the operands of products with prototypes; 'bfloat16' halves their time on accelerators at an
     error
         of about 2^-9 of a cosine, which a temperature of 0.01 turns into 0.2 of a logit. Sums stay float32.
@@ -66,6 +68,7 @@ class Method:
     dtype: str = "float32"
     products: str = "float32"
     logit_center: float | None = None
+    rows: str = "views"
     micro_batches: int = 1
     soft_label: Component | None = None
     prompts: Component | None = None

@@ -119,6 +119,46 @@ def test_teacher_rows_stand_image_by_image():
     assert rows["mask"].tolist() == [True, True, False, False, True, True]
 
 
+def test_rows_of_whole_images_are_what_an_evaluation_sees():
+    """method.rows='plain': a row an image, the teacher's feature of the evaluation view, by the running moments; what
+    the loss compares and the batch-norm moments are those of the views, as without it."""
+    viewed, whole = toy_recipe(), toy_recipe(method__rows="plain")
+    batch = jax.tree.map(jnp.asarray, whole.sources["train"].batch(0))
+    state = step_lib.init_state(whole, batch)
+    moved = jax.tree.map(lambda x: x + 0.25, state.teacher["stats"])  # other moments than those of the batch
+    variables = {"params": state.teacher["params"]["encoder"], "stats": moved}
+
+    def observed(recipe):
+        inputs = recipe.views(jax.random.key(0), batch)
+        embeddings, stats = recipe.teacher.apply(variables, recipe.teacher_views(inputs), True, jax.random.key(1))
+        return embeddings, stats, recipe.rows(embeddings, batch, None)
+
+    seen, stats, rows = observed(viewed)
+    also, same, plain = observed(whole)
+    evaluated, _ = whole.teacher.apply(variables, whole.plain_view(batch), False, None)
+    np.testing.assert_array_equal(plain["features"], evaluated["image"][0])
+    np.testing.assert_array_equal(plain["mask"], batch["mask"])
+    np.testing.assert_array_equal(also["image"], seen["image"])
+    jax.tree.map(np.testing.assert_array_equal, stats, same)
+    assert rows["features"].shape[0] == 2 * plain["features"].shape[0]
+    spec = step_lib.estimator_spec(whole, {"params": state.params["encoder"], "stats": state.stats}, batch)
+    assert spec.rows == len(batch["mask"])
+
+
+@pytest.mark.parametrize(
+    ("arm", "rows", "message"),
+    [
+        ("decoupled", "crops", "method.rows: expected 'views' or 'plain', got 'crops'"),
+        ("partial", "plain", "method.rows = 'plain': the estimator 'capi' learns from the views"),
+        ("coupled", "plain", "the estimator 'coupled' learns from the views"),
+        ("joint_swav", "plain", "the estimator 'queue_sinkhorn' learns from the views"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(arm, rows, message):
+    with pytest.raises(ValueError, match=message):
+        toy_recipe(arm, method__rows=rows)
+
+
 @pytest.mark.parametrize("arm", ["decoupled", "joint"])
 def test_an_objective_is_given_what_build_promised(arm):
     """Names against which requirements are checked are the names that the step passes on."""

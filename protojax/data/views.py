@@ -272,10 +272,11 @@ def _map_views(apply: Callable[[ViewParameters], Array], parameters: Sequence[Vi
 
 
 def teacher_views(inputs: Mapping[str, Array]) -> Views:
-    """The part of the student's inputs that the teacher sees: the global views, whole. Patches that are hidden from the
-    student ('masked') are those that the teacher is asked about ('patches')."""
+    """The part of the inputs that the teacher sees: the global views, and whole images ('plain') where there are such.
+    Patches that are hidden from the student ('masked') are those that the teacher is asked about ('patches')."""
     asked = {"patches": inputs["masked"]} if "masked" in inputs else {}
-    return {"global": inputs["global"], **asked}
+    whole = {"plain": inputs["plain"]} if "plain" in inputs else {}
+    return {"global": inputs["global"], **asked, **whole}
 
 
 def plain_view(

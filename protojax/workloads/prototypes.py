@@ -85,15 +85,16 @@ def build(config: Config) -> Recipe:
     if method.products != "float32":
         estimator, objective = _in_products(estimator, objective, method.products)
     made = views.make_views(large, small, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype, matmul_dtype=dtype)
+    plain = lambda batch: views.plain_view(batch, large.size, IMAGENET_MEAN, IMAGENET_STD, dtype=dtype)  # noqa: E731
+    whole = _fitted_to_whole_images(config)
     optimizer, learning_rate, clip_norm = base.optimiser(config, steps)
     return Recipe(
         sources=found,
-        views=made if hidden is None else _with_hidden_patches(made, config, hidden),
+        views=_views(made if hidden is None else _with_hidden_patches(made, config, hidden), plain if whole else None),
         teacher_views=views.teacher_views,
-        plain_view=lambda batch: views.plain_view(batch, large.size, IMAGENET_MEAN, IMAGENET_STD, dtype=dtype),
+        plain_view=plain,
         encoder=encoder,
-        # key=None: the teacher runs in training mode (its own batch-norm moments) but drops no path.
-        teacher=Encoder(encoder.init, lambda v, inputs, train, key: encoder.apply(v, inputs, train, None)),
+        teacher=_teacher(encoder),
         estimator=estimator,
         objective=objective,
         rows=teacher_rows,
@@ -106,6 +107,39 @@ def build(config: Config) -> Recipe:
         seed=config.seed,
         clip_norm=clip_norm,
     )
+
+
+def _fitted_to_whole_images(config: Config) -> bool:
+    """`method.rows`, checked."""
+    rows, name = config.method.rows, config.method.estimator.name
+    if rows not in ("views", "plain"):
+        raise ValueError(f"config.method.rows: expected 'views' or 'plain', got {rows!r}.")
+    if rows == "plain" and name in ("capi", "queue_sinkhorn", "coupled"):
+        raise ValueError(
+            f"config.method.rows = 'plain': the estimator {name!r} learns from the views that the loss compares, so "
+            "its rows must be 'views'."
+        )
+    return rows == "plain"
+
+
+def _views(made: Callable, plain: Callable | None) -> Callable:
+    """The views, with 'plain' [1,B,H,W,3], each image whole, where the estimator is fitted to that."""
+    return made if plain is None else lambda key, batch: {**made(key, batch), "plain": plain(batch)["global"]}
+
+
+def _teacher(encoder: Encoder) -> Encoder:
+    """The encoder as teacher. On views it runs in training mode (batch-norm moments of the batch) but drops no path; on
+    whole images, 'plain', as in an evaluation (running moments): where the features lie that a trained model gives."""
+
+    def apply(variables: PyTree, inputs: PyTree, train: bool, key: Any) -> tuple[dict[str, Array], PyTree]:
+        seen = {k: v for k, v in inputs.items() if k != "plain"}
+        embeddings, stats = encoder.apply(variables, seen, train, None)
+        if "plain" in inputs:
+            whole, _ = encoder.apply(variables, {"global": inputs["plain"]}, False, None)
+            embeddings = {**embeddings, "plain": whole["image"]}
+        return embeddings, stats
+
+    return Encoder(encoder.init, apply)
 
 
 def _in_products(estimator: Estimator, objective: Objective, dtype: str) -> tuple[Estimator, Objective]:
@@ -172,9 +206,10 @@ def _available(estimator: Estimator, *embeddings: str) -> list[str]:
 
 
 def teacher_rows(embeddings: Mapping[str, Array], batch: Batch, head: PyTree = None) -> dict[str, Array]:
-    """Teacher embeddings [V,B,D] -> rows [B*V,D], image by image: with B sharded no row moves. An estimator that shares
-    its prototypes with the optimiser (`coupled`) finds the teacher's copy of the offset beside them."""
-    image = jnp.swapaxes(embeddings["image"], 0, 1)
+    """Teacher embeddings [V,B,D] -> rows [B*V,D], image by image: with B sharded no row moves; of whole images alone
+    where there are such. An estimator that shares its prototypes with the optimiser (`coupled`) finds the teacher's
+    copy of the offset beside them."""
+    image = jnp.swapaxes(embeddings.get("plain", embeddings["image"]), 0, 1)
     count, views_, dim = image.shape
     mask = jnp.broadcast_to(batch["mask"][:, None], (count, views_))
     offset = {k: v for k, v in (head or {}).get("prototypes", {}).items() if k == "offset"}

@@ -81,6 +81,7 @@ def test_shapes_dtypes_and_determinism(carp: Callable, key: jax.Array) -> None:
     assert {view.dtype for view in views.values()} == {jnp.dtype(jnp.float32)}
     assert set(teacher_views(views)) == {"global"}
     assert teacher_views(views)["global"] is views["global"]
+    assert teacher_views({**views, "plain": 0})["plain"] == 0
     low, high = (0.0 - np.array(MEAN)) / STD, (1.0 - np.array(MEAN)) / STD
     for view in views.values():
         assert np.all(np.isfinite(view))
