@@ -119,9 +119,8 @@ def identity(trial: Trial, seed: int) -> str:
     """A name for what the run is: a hash of all that can change its results (`running.fingerprint`)."""
     from protojax import running
 
-    return hashlib.sha256(json.dumps(running.fingerprint(config_of(trial, seed)), sort_keys=True).encode()).hexdigest()[
-        :16
-    ]
+    told = json.dumps(running.fingerprint(config_of(trial, seed)), sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def recorded(study: Study, records: Path | None) -> dict[str, dict[int, dict[str, Any]]]:
@@ -155,8 +154,8 @@ def run(
 
     A finished run stays as it is, one that was stopped is resumed, a failed one is named at the end and does not stop
     the others. data: the folder that a relative `data.root` is in. records: what stands there (`recorded`) is not
-    trained again. Raises ValueError for an unknown label, data that
-    are not there and a finished run of another configuration, RuntimeError when runs failed.
+    trained again. Raises ValueError for an unknown label, data that are not there and a finished run of another
+    configuration, RuntimeError when runs failed.
     """
     labels = [t.label for t in study.trials]
     for label in only:
@@ -165,12 +164,11 @@ def run(
     wanted = [(t, s) for s in study.seeds for t in study.trials if not only or t.label in only]
     for trial, seed in wanted:  # what is wrong is found before hours of training
         _check(trial, measuring.placed(config_of(trial, seed), data), workdir(root, trial, seed))
-    todo = [(t, s) for t, s in wanted if not _finished(study, workdir(root, t, s))]
+    missing = [(t, s) for t, s in wanted if not _finished(study, workdir(root, t, s))]
     kept = recorded(study, records)
-    known = [(t, s) for t, s in todo if s in kept.get(t.label, {})]
-    todo = [pair for pair in todo if pair not in known]
-    done = len(wanted) - len(todo)
-    say(f"{study.name}: {len(wanted)} runs, {done} finished ({len(known)} on record), {len(todo)} to go")
+    todo = [(t, s) for t, s in missing if s not in kept.get(t.label, {})]
+    done, known = len(wanted) - len(todo), len(missing) - len(todo)
+    say(f"{study.name}: {len(wanted)} runs, {done} finished ({known} on record), {len(todo)} to go")
     failed = []
     with _pool(jobs) as pool:
         futures = {pool.submit(_train, t, s, workdir(root, t, s), study.measures, data): (t, s) for t, s in todo}
@@ -208,13 +206,15 @@ def _pool(jobs: int) -> concurrent.futures.Executor:
     if jobs == 0:
         return _Here()
     context = multiprocessing.get_context("spawn")
-    free = context.Queue()
     affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
-    for share in core_shares(sorted(affinity(0)), jobs) if affinity else []:
-        free.put(share)
-    return concurrent.futures.ProcessPoolExecutor(
-        jobs, mp_context=context, max_tasks_per_child=1, initializer=_use_cores, initargs=(free,)
-    )
+    shares = core_shares(sorted(affinity(0)), jobs) if affinity else []
+    own: dict[str, Any] = {}
+    if shares:
+        free = context.Queue()
+        for share in shares:
+            free.put(share)
+        own = {"initializer": _use_cores, "initargs": (free,)}
+    return concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1, **own)
 
 
 def _use_cores(free: Any) -> None:

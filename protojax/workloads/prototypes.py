@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -85,7 +86,7 @@ def build(config: Config) -> Recipe:
     if method.products != "float32":
         estimator, objective = _in_products(estimator, objective, method.products)
     made = views.make_views(large, small, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype, matmul_dtype=dtype)
-    plain = lambda batch: views.plain_view(batch, large.size, IMAGENET_MEAN, IMAGENET_STD, dtype=dtype)  # noqa: E731
+    plain = functools.partial(views.plain_view, size=large.size, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype)
     whole = _fitted_to_whole_images(config)
     optimizer, learning_rate, clip_norm = base.optimiser(config, steps)
     return Recipe(
