@@ -21,7 +21,7 @@ from protojax.config import component, defaults, parse_argument
 # K prototypes, batch and steps; how often it is evaluated (large sets: k-NN and audit cost more than training).
 DATA: dict[str, dict[str, Any]] = {
     "grocery": {
-        "source": component("embedded"), "labels": ("fine", "coarse"), "prototypes": 512, "steps": 800, "every": 0.125,
+        "source": component("embedded"), "labels": ("fine", "coarse"), "prototypes": 512, "steps": 700, "every": 0.125,
     },
     "omniglot": {
         # Fifteen of the twenty hands that drew each character are for training: 9,885 images of 659 characters.

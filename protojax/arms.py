@@ -16,9 +16,15 @@ from protojax.config import component
 Change = Callable[[ml_collections.ConfigDict], None]
 
 
+# Arms that fit nothing to whole images: prototypes follow the gradient, nobody, or the views themselves.
+_OF_VIEWS = ("learned", "frozen", "capi", "queue_sinkhorn", "coupled")
+
+
 def _estimator(name: str, **options: object) -> Change:
     def change(c: ml_collections.ConfigDict) -> None:
         old = c.method.estimator
+        if name in _OF_VIEWS:
+            c.method.rows = "views"
         c.method.estimator = component(name, components=old.components, **options)
         if name != "capi" and "features" in old:  # capi reads unit features always
             c.method.estimator.features = old.features
@@ -36,9 +42,15 @@ def _mixture_option(**options: object) -> Change:
     return change
 
 
+def _in_place_of_carp(c: ml_collections.ConfigDict, name: str, **options: object) -> None:
+    """Another loss; what stands beside CARP's stays."""
+    others = {k: v for k, v in c.method.objective.items() if k != "carp"}
+    c.method.objective = ml_collections.ConfigDict({name: options, **others}, convert_dict=True)
+
+
 def _dino(c: ml_collections.ConfigDict) -> None:
     """DINO's loss, unit features and centred teacher logits in place of CARP's."""
-    c.method.objective = ml_collections.ConfigDict({"dino": {"weight": 1.0}})
+    _in_place_of_carp(c, "dino", weight=1.0)
     c.method.head = component(
         "dino", **{k: v for k, v in c.method.head.items() if k in ("layers", "hidden", "dim", "whiten")}
     )
@@ -51,7 +63,7 @@ def _swav(c: ml_collections.ConfigDict) -> None:
     """SwAV's loss on unit features, with balanced targets: over the estimator's queue if it has one, or the batch."""
     c.method.estimator.features = "unit"
     own = c.method.estimator.name == "queue_sinkhorn"
-    c.method.objective = ml_collections.ConfigDict({"swav": {"weight": 1.0, "iterations": 0 if own else 3}})
+    _in_place_of_carp(c, "swav", weight=1.0, iterations=0 if own else 3)
 
 
 def _joint_swav(c: ml_collections.ConfigDict) -> None:
@@ -69,6 +81,12 @@ def _joint_dino(c: ml_collections.ConfigDict) -> None:
     _dino(c)
 
 
+def _paper(c: ml_collections.ConfigDict) -> None:
+    annealed = ("linear", 0.5, 1.0, 0.0, 0.3)
+    _estimator("mixture", covariance="diag", start="random", center=False, beta=annealed)(c)
+    c.method.rows = "views"
+
+
 def _changed(part: ml_collections.ConfigDict, **options: object) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict({**part, **options}, convert_dict=False)
 
@@ -80,9 +98,7 @@ ARMS: dict[str, Change] = {
     "frozen": _estimator("frozen"),
     "joint_koleo": _joint_koleo,
     # The paper's recipe where it says what it is; initialisation and schedule are ours (it does not give them).
-    "paper": _estimator(
-        "mixture", covariance="diag", start="random", center=False, beta=("linear", 0.5, 1.0, 0.0, 0.3)
-    ),
+    "paper": _paper,
     "mixture": _estimator("mixture", covariance="spherical"),
     "balanced": _estimator("balanced"),
     "uniform_forgetting": _mixture_option(forgetting="uniform"),
@@ -149,6 +165,8 @@ def small_images(c: ml_collections.ConfigDict, prototypes: int, network: str = "
         solarise_probability=(0.0, 0.0),
         blur_sigma=(0.1, 0.5),
     )
+    # Prototypes are for whole images, and so is the audit: fitted to crops, some answer for crops alone.
+    c.method.rows = "plain"
     # Deterministic annealing: EM starts blunt, with prototypes close together, and is sharp after a tenth of the run.
     # every=0: as often as the memory turns over, so that the sweep's share of a step does not grow with K squared.
     c.method.estimator = component(
@@ -157,9 +175,12 @@ def small_images(c: ml_collections.ConfigDict, prototypes: int, network: str = "
         features="unit",
         start_sweeps=10,
         every=0,
-        temperature=("exponential", 0.2, 0.01, 0.0, 0.1),
+        temperature=("exponential", 0.2, 0.005, 0.0, 0.1),
     )
-    c.method.objective = ml_collections.ConfigDict({"carp": {"block": 128, "temperature": 0.1}})
+    # KoLeo, as in DINOv2: consistency alone contracts the images of a class to less than prototypes can tell apart.
+    c.method.objective = ml_collections.ConfigDict(
+        {"carp": {"block": 128, "temperature": 0.1}, "koleo": {"weight": 0.5}}
+    )
     c.method.optim = component("adamw", peak_lr=found["peak_lr"], weight_decay=0.05, warmup_fraction=0.1)
     c.method.teacher.start = 0.98
 

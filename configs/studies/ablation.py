@@ -14,12 +14,13 @@ from protojax.study import Row, Study
 def changes(count: int) -> dict[str, tuple[str, dict]]:
     """Label -> (arm, what is changed); `count` prototypes. Keys are those of `method.estimator` unless they say so."""
     balanced = {
-        "no annealing": {"temperature": 0.01},
+        "no annealing": {"temperature": 0.005},
+        "annealed to 0.01": {"temperature": ("exponential", 0.2, 0.01, 0.0, 0.1)},
         "blunt to the end (0.05)": {"temperature": 0.05},
         "no centring": {"center": False},
         "started at random": {"start": "random", "start_sweeps": 0},
         "no start sweeps": {"start_sweeps": 0},
-        "memory 4 K": {"memory": 4 * count},
+        "memory 2 K": {"memory": 2 * count},
         "memory 8 K": {"memory": 8 * count},
         "rate 0.05": {"rate": 0.05},
         "rate 1": {"rate": 1.0},
@@ -50,6 +51,8 @@ def changes(count: int) -> dict[str, tuple[str, dict]]:
     full = lambda given: {f"method.estimator.{k}": v for k, v in given.items()}  # noqa: E731
     trials = {label: ("decoupled", full(given)) for label, given in balanced.items()}
     trials["no whitening"] = ("decoupled", {"method.head.whiten": 0})
+    trials["no KoLeo"] = ("decoupled", {"method.objective.koleo.weight": 0.0})
+    trials["fitted to the views"] = ("decoupled", {"method.rows": "views"})
     return trials | {label: ("paper", full(given)) for label, given in paper.items()}
 
 

@@ -1,4 +1,4 @@
-"""How much does a number matter? eta, beta's schedule, temperature, rate, K, D and batch size, one at a time.
+"""How much does a number matter? eta, beta's schedule, temperature, rate, KoLeo, K, D, batch size, one at a time.
 
     protojax study sensitivity --out docs/results/sensitivity_grocery.md
     protojax study sensitivity:omniglot --data=DIR --out docs/results/sensitivity_omniglot.md    # and fashion
@@ -18,8 +18,9 @@ BETAS = {
     "0.1 to 1 in 0.3": ("linear", 0.1, 1.0, 0.0, 0.3),
     "0.5 to 1 in 1": ("linear", 0.5, 1.0, 0.0, 1.0),
 }
-TEMPERATURES = (0.003, 0.005, 0.02, 0.03, 0.05)
+TEMPERATURES = (0.003, 0.01, 0.02, 0.03, 0.05)
 RATES = (0.05, 0.1, 0.5)
+SPREADS = (0.1, 0.2, 1.0)  # weights of KoLeo on the features
 FACTORS = (0.25, 0.5, 2, 4)  # of K
 WIDTHS = (16, 32, 128, 256)
 BATCHES = (32, 64, 256)
@@ -33,6 +34,7 @@ def _trials(of: evidence.Asked) -> list[Trial]:
     out += [of.trial(f"beta {name}", "paper", {"method.estimator.beta": v}) for name, v in BETAS.items()]
     out += [of.trial(f"temperature {v:g}", changes={"method.estimator.temperature": annealed(v)}) for v in TEMPERATURES]
     out += [of.trial(f"rate {v:g}", changes={"method.estimator.rate": v}) for v in RATES]
+    out += [of.trial(f"KoLeo {w:g}", changes={"method.objective.koleo.weight": w}) for w in SPREADS]
     for arm in ("decoupled", "joint"):
         sizes = [round(count * f) for f in FACTORS]
         out += [of.trial(f"{arm} K {k}", arm, {"method.estimator.components": k}) for k in sizes]
@@ -46,7 +48,7 @@ def get_study(smoke: bool = False, argument: str = "grocery") -> Study:
     return Study(
         name=f"sensitivity_{argument.replace(',', '_')}",
         question=f"{of.about}. One number changed a line; defaults: eta 0.05, beta from 0.5 to 1 in 0.3 of the run, "
-        "temperature from 0.2 to 0.01 in 0.1 of the run, rate 0.2, D = 64, batch 128.",
+        "temperature from 0.2 to 0.005 in 0.1 of the run, rate 0.2, KoLeo 0.5, D = 64, batch 128.",
         trials=(of.trial("K 32", changes={"method.estimator.components": 32}),) if smoke else tuple(_trials(of)),
         rows=(
             Row("prototypes", "prototypes/count", digits=0),

@@ -106,7 +106,7 @@ GENERAL: tuple[Detector, ...] = (
         "Prototypes drift together: jointly learned ones take this shortcut early, mixtures do when responsibilities "
         "are too soft.",
         "Decouple the prototypes (arm=decoupled), sharpen the E-step (config.method.estimator.temperature), or add the "
-        "koleo term (config.method.objective).",
+        "terms koleo (features) or koleo_proto (joint prototypes) of config.method.objective.",
     ),
     Detector(
         "variance_floor", "warning",

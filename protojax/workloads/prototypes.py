@@ -48,7 +48,7 @@ ESTIMATORS: dict[str, Callable[..., Estimator]] = {
     )
 }
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    name: getattr(objective_lib, name) for name in ("carp", "dino", "ibot", "koleo_proto", "swav")
+    name: getattr(objective_lib, name) for name in ("carp", "dino", "ibot", "koleo", "koleo_proto", "swav")
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from protojax.api import OFF, Codebook, EstimatorSpec
 from protojax.estimators import balanced, capi, coupled, learned, mixture, queue_sinkhorn, with_logit_center
-from protojax.objectives import carp, check_inputs, combine, dino, ibot, input_names, koleo_proto, swav
+from protojax.objectives import carp, check_inputs, combine, dino, ibot, input_names, koleo, koleo_proto, swav
 
 V, T, B, D, K = 4, 2, 6, 8, 12
 SPEC = EstimatorSpec(dim=D, rows=T * B, total_steps=10)
@@ -21,12 +21,13 @@ BUILDERS = {
     "dino": lambda: dino(total_steps=10),
     "swav": lambda: swav(),
     "ibot": lambda: ibot(),
-    "koleo": lambda: koleo_proto(tile=5),
+    "koleo": lambda: koleo(tile=5),
+    "koleo_proto": lambda: koleo_proto(tile=5),
     "combined": lambda: combine(
         main=(1.0, carp(block=4)), spread=(("linear", 0.1, 0.0), koleo_proto()), total_steps=10
     ),
 }
-WITH_VIEWS = [name for name in BUILDERS if name != "koleo"]
+WITH_VIEWS = [name for name in BUILDERS if name != "koleo_proto"]
 
 
 @functools.cache
@@ -87,7 +88,7 @@ def test_finite_and_gradients_go_where_they_should(name, key):
     assert float(metrics["loss"][0]) == float(loss)
     assert float(metrics["loss"][1]) == 1.0
     assert any_nonzero(gradient["student"]) == (name in WITH_VIEWS)
-    assert any_nonzero(gradient["prediction"].prototypes)
+    assert any_nonzero(gradient["prediction"].prototypes) == (name != "koleo")
     assert not any_nonzero(gradient["teacher"])
     assert not any_nonzero(gradient["target"])
 

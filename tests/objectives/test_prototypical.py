@@ -9,7 +9,7 @@ import pytest
 from scipy.special import log_softmax, softmax
 
 from protojax.api import Codebook, EstimatorSpec, Objective
-from protojax.objectives import carp, combine, dino, koleo_proto
+from protojax.objectives import carp, combine, dino, koleo, koleo_proto
 from protojax.objectives.koleo import neighbour_distance
 
 V, T, B, D, K = 4, 2, 5, 6, 12
@@ -112,8 +112,38 @@ def test_dino_equals_a_slow_twin_and_its_gradient_autodiff(x64):
         np.testing.assert_allclose(ours, expected, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("tile", [2, 100])
+def test_koleo_of_features_equals_a_slow_twin(x64, tile):
+    """All distances among a view's unmasked rows written out, the other views no neighbours; the gradient parts them."""
+    mask = np.asarray([True, True, False, True, True, True])
+    image = jax.random.normal(jax.random.key(3), (2, 6, 4), jnp.float64)
+
+    def twin(image):
+        kept = image[:, mask]
+        rows = kept / jnp.linalg.norm(kept, axis=-1, keepdims=True)
+        square = jnp.sum((rows[:, :, None] - rows[:, None]) ** 2, axis=-1) + 1e3 * jnp.eye(5)[None]
+        return -jnp.mean(jnp.log(jnp.sqrt(jnp.min(square, axis=-1))))
+
+    def ours(image):
+        return koleo(tile=tile).loss({}, {"student": {"image": image}, "mask": jnp.asarray(mask)})
+
+    (value, metrics), gradient = jax.value_and_grad(ours, has_aux=True)(image)
+    np.testing.assert_allclose(value, twin(image), rtol=1e-10)
+    np.testing.assert_allclose(gradient, jax.grad(twin)(image), rtol=1e-8, atol=1e-12)
+    further = ours(image - 0.01 * gradient)[1]["nearest"][0]
+    assert float(further) > float(metrics["nearest"][0])
+
+
+@pytest.mark.parametrize("unmasked", [0, 1])
+def test_koleo_without_a_neighbour_is_zero(unmasked):
+    inputs = {"student": {"image": jnp.ones((2, 3, 4))}, "mask": jnp.arange(3) < unmasked}
+    (value, metrics) = koleo().loss({}, inputs)
+    assert float(value) == 0.0
+    assert all(float(count) == 0.0 for _, count in metrics.values())
+
+
 @pytest.mark.parametrize("tile", [3, 12, 100])
-def test_koleo_equals_a_slow_twin(x64, tile):
+def test_koleo_proto_equals_a_slow_twin(x64, tile):
     """All pairwise distances written out; tiles change nothing; the gradient is the twin's and parts neighbours."""
     inputs = inputs_of(2)
 
@@ -180,6 +210,7 @@ def test_combine_adds_weighted_terms_with_own_keys_and_parameters(key):
         (lambda: dino(), ValueError, "a schedule needs total_steps"),
         (lambda: dino(student_temperature=-1.0), ValueError, "student_temperature: expected a positive number"),
         (lambda: dino(teacher_temperature=("liner", 1, 2), total_steps=3), ValueError, "did you mean 'linear'"),
+        (lambda: koleo(tile=0), ValueError, "koleo, tile: expected an integer of at least 1"),
         (lambda: koleo_proto(tile=0), ValueError, "tile: expected an integer of at least 1"),
         (lambda: combine(), ValueError, "at least one name"),
         (lambda: combine(a=carp()), TypeError, r"combine, a: expected \(weight, objective\)"),
