@@ -80,7 +80,7 @@ def test_masked_patches_stand_beside_any_arm(arm):
     batch = recipe.sources["train"].batch(0)
     inputs = jax.eval_shape(lambda b: recipe.views(jax.random.key(0), b), batch)
     assert inputs["masked"].shape == (2, 16, 6)  # 40% of 4 x 4 patches
-    whole = {"rows"} if arm == "decoupled" else set()
+    whole = {"plain"} if arm == "decoupled" else set()
     assert set(recipe.teacher_views(inputs)) == {"global", "patches"} | whole
     with pytest.raises(ValueError, match="needs a backbone with patch tokens"):
         experiment.build(config("prototypes", "ibot"))
