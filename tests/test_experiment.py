@@ -122,7 +122,7 @@ def test_teacher_rows_stand_image_by_image():
 def test_rows_of_whole_images_are_what_an_evaluation_sees():
     """method.rows='plain': a row an image, the teacher's feature of the evaluation view, by the running moments; what
     the loss compares and the batch-norm moments are those of the views, as without it."""
-    viewed, whole = toy_recipe(), toy_recipe(method__rows="plain")
+    viewed, whole = toy_recipe(method__rows="views"), toy_recipe(method__rows="plain")
     batch = jax.tree.map(jnp.asarray, whole.sources["train"].batch(0))
     state = step_lib.init_state(whole, batch)
     moved = jax.tree.map(lambda x: x + 0.25, state.teacher["stats"])  # other moments than those of the batch
