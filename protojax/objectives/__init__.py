@@ -9,4 +9,15 @@ from protojax.objectives.koleo import koleo, koleo_proto
 from protojax.objectives.soft_label import soft_label
 from protojax.objectives.swav import swav
 
-__all__ = ["carp", "check_inputs", "combine", "dino", "ibot", "input_names", "koleo", "koleo_proto", "soft_label", "swav"]
+__all__ = [
+    "carp",
+    "check_inputs",
+    "combine",
+    "dino",
+    "ibot",
+    "input_names",
+    "koleo",
+    "koleo_proto",
+    "soft_label",
+    "swav",
+]

@@ -1,5 +1,4 @@
-"""KoLeo: on features, which spreads what prototypes can tell apart; on prototypes, the published remedy for joint ones.
-"""
+"""KoLeo: on features, to spread what prototypes can tell apart; on prototypes, the published remedy for joint ones."""
 
 from __future__ import annotations
 

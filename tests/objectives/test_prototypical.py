@@ -114,7 +114,7 @@ def test_dino_equals_a_slow_twin_and_its_gradient_autodiff(x64):
 
 @pytest.mark.parametrize("tile", [2, 100])
 def test_koleo_of_features_equals_a_slow_twin(x64, tile):
-    """All distances among a view's unmasked rows written out, the other views no neighbours; the gradient parts them."""
+    """Distances among a view's unmasked rows written out, the other views no neighbours; the gradient parts them."""
     mask = np.asarray([True, True, False, True, True, True])
     image = jax.random.normal(jax.random.key(3), (2, 6, 4), jnp.float64)
 
