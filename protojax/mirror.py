@@ -151,10 +151,21 @@ class Mirror:
         target = folder / step
         if target.exists():
             target.rmtree()  # an upload that was cut short
-        files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
-        self._make([target / name for name in files])
-        with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
-            list(pool.map(lambda name: _copy(checkpoint / name, target / name), files))
+        try:
+            files = {
+                str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()
+            }
+            if not files:
+                raise FileNotFoundError(f"{checkpoint} holds no file")
+            self._make([target / name for name in files])
+            with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
+                list(pool.map(lambda name: _copy(checkpoint / name, target / name), files))
+        except FileNotFoundError:
+            if max(steps_below(checkpoint.parent), default=-1) <= int(step):
+                raise
+            if target.exists():  # removed under our hands because a newer one is complete: that one comes next
+                target.rmtree()
+            return
         self._copy_files()
         complete.write_text(json.dumps({"files": files}))
         here = {*steps_below(checkpoint.parent), int(step)}

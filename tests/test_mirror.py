@@ -16,6 +16,7 @@ import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
+from protojax import mirror as mirror_lib
 from protojax import running
 from protojax.checkpoint import Checkpoints
 from protojax.mirror import COMPLETE, Mirror, MirrorError, following
@@ -79,6 +80,43 @@ def restored(workdir: Path, step: int) -> np.ndarray:
         return np.asarray(found.restore(step, jax.eval_shape(lambda: state(0)))["w"])
     finally:
         found.close()
+
+
+@pytest.mark.parametrize("newer", [True, False])
+@pytest.mark.parametrize("left", ["nothing", "a file", "an empty folder"])
+def test_a_checkpoint_may_go_while_it_is_copied(tmp_path, store, monkeypatch, left, newer):
+    """Old checkpoints are removed when newer ones are complete: then no half copy stays, nothing is said, and the newer
+    one is copied. If there is none, the loss is said."""
+    said: list[str] = []
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2) if newer else (1,):
+        for name in ("a", "b"):
+            (folder / str(step) / "d").mkdir(parents=True, exist_ok=True)
+            (folder / str(step) / "d" / name).write_text("x")
+    copy = mirror_lib._copy
+
+    def racing(source, target):
+        if folder / "1" in Path(source).parents:
+            if left == "nothing":
+                shutil.rmtree(folder / "1", ignore_errors=True)
+            else:
+                for name in ("a", "b") if left == "an empty folder" else ("a",):
+                    (folder / "1" / "d" / name).unlink(missing_ok=True)
+        copy(source, target)
+
+    monkeypatch.setattr(mirror_lib, "_copy", racing)
+    mirror = Mirror(URL, tmp_path, said.append)
+    for step in (1, 2) if newer else (1,):
+        mirror.later(folder / str(step))
+    mirror._wait()
+    mirror.close()
+    if newer:
+        assert (said, complete(store)) == ([], [2])
+        assert not [name for name in there(store) if name.startswith("checkpoints/1")]
+    else:
+        assert len(said) == 1
+        assert "FileNotFoundError" in said[0]
+        assert complete(store) == []
 
 
 def test_what_is_copied_comes_back_on_an_empty_machine_and_old_copies_go(tmp_path, store):
@@ -170,6 +208,7 @@ def test_a_place_that_cannot_be_used_is_refused_before_training(tmp_path, store,
 KILLED = """
 import sys
 from pathlib import Path
+from protojax import mirror as mirror_lib
 from protojax import running
 from tests.toy import toy_config
 config = toy_config(method__steps=40, run__checkpoint_every=0.1, run__mirror=sys.argv[2])

@@ -326,7 +326,7 @@ def test_one_compile_donated_state_and_no_host_read_between_logs(tmp_path: Path,
         return session._replace(one=one)
 
     monkeypatch.setattr(train, "make_session", counted)
-    for name in ("evaluate", "save"):  # boundaries of their own, after the log that the test counts
+    for name in ("evaluate", "save", "_term_gradients"):  # boundaries of their own, besides the log that is counted
         original = getattr(train.Loop, name)
         monkeypatch.setattr(
             train.Loop, name, lambda self, state, at, original=original: original(self, bare(state), at)
