@@ -216,6 +216,7 @@ running.train_config(config, Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_another_machine_goes_on_where_a_killed_one_was_bit_for_bit(tmp_path):
     """kill -9, the workdir gone with the machine: resumed from the mirror, a folder here, with the same records."""
     command = [sys.executable, "-c", KILLED, str(tmp_path / "a"), str(tmp_path / "mirror")]

@@ -95,6 +95,7 @@ def test_write_leaves_a_line_a_run(planned, tmp_path):
     assert study_page.BEGIN in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_from_its_records_where_the_runs_are_gone(planned, tmp_path):
     """Two sittings: tables and curves keep the first one's runs, and only what is not on record is trained."""
     planned = dataclasses.replace(planned, curves={"k-NN": "knn/fine/20"}, seeds=(0, 1))
