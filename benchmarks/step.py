@@ -23,7 +23,7 @@ from benchmarks.torch_nets import make_network, torch_step
 from protojax import configs_path, experiment, flops, parallel, train
 from protojax import step as step_lib
 from protojax.config import component, freeze
-from protojax.estimators.balanced import turnover
+from protojax.estimators.balanced import MEMORY, turnover
 from protojax.running import fingerprint
 
 ARMS = {"decoupled": "mixture", "balanced": "balanced", "joint": "joint"}
@@ -142,7 +142,7 @@ def main() -> None:
     torch = common.torch_or_none(options)
     for size in sizes(options):
         arms = {name: Stepper(arm, size) for name, arm in ARMS.items()}
-        between = turnover(2 * size["K"], 2 * size["batch"])  # the default memory, two views an image
+        between = turnover(MEMORY * size["K"], 2 * size["batch"])  # two views an image
         arms |= {"balanced, every=0": Stepper("balanced", size, 0, between)}
         contenders = [stepper.contender(name) for name, stepper in arms.items()]
         if torch is not None:

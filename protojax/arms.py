@@ -15,15 +15,16 @@ from protojax.config import component
 
 Change = Callable[[ml_collections.ConfigDict], None]
 
-
-# Arms that fit nothing to whole images: prototypes follow the gradient, nobody, or the views themselves.
+# Estimators that nothing of whole images goes into: prototypes follow the gradient, nobody, or the views themselves.
 _OF_VIEWS = ("learned", "frozen", "capi", "queue_sinkhorn", "coupled")
 
 
-def _estimator(name: str, **options: object) -> Change:
+def _estimator(name: str, *, views: bool = False, **options: object) -> Change:
+    """Another estimator of as many components; views: it reads the views even where the default reads whole images."""
+
     def change(c: ml_collections.ConfigDict) -> None:
         old = c.method.estimator
-        if name in _OF_VIEWS:
+        if views or name in _OF_VIEWS:
             c.method.rows = "views"
         c.method.estimator = component(name, components=old.components, **options)
         if name != "capi" and "features" in old:  # capi reads unit features always
@@ -45,7 +46,7 @@ def _mixture_option(**options: object) -> Change:
 def _in_place_of_carp(c: ml_collections.ConfigDict, name: str, **options: object) -> None:
     """Another loss; what stands beside CARP's stays."""
     others = {k: v for k, v in c.method.objective.items() if k != "carp"}
-    c.method.objective = ml_collections.ConfigDict({name: options, **others}, convert_dict=True)
+    c.method.objective = ml_collections.ConfigDict({name: options, **others})
 
 
 def _dino(c: ml_collections.ConfigDict) -> None:
@@ -81,12 +82,6 @@ def _joint_dino(c: ml_collections.ConfigDict) -> None:
     _dino(c)
 
 
-def _paper(c: ml_collections.ConfigDict) -> None:
-    annealed = ("linear", 0.5, 1.0, 0.0, 0.3)
-    _estimator("mixture", covariance="diag", start="random", center=False, beta=annealed)(c)
-    c.method.rows = "views"
-
-
 def _changed(part: ml_collections.ConfigDict, **options: object) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict({**part, **options}, convert_dict=False)
 
@@ -98,7 +93,9 @@ ARMS: dict[str, Change] = {
     "frozen": _estimator("frozen"),
     "joint_koleo": _joint_koleo,
     # The paper's recipe where it says what it is; initialisation and schedule are ours (it does not give them).
-    "paper": _paper,
+    "paper": _estimator(
+        "mixture", views=True, covariance="diag", start="random", center=False, beta=("linear", 0.5, 1.0, 0.0, 0.3)
+    ),
     "mixture": _estimator("mixture", covariance="spherical"),
     "balanced": _estimator("balanced"),
     "uniform_forgetting": _mixture_option(forgetting="uniform"),

@@ -39,7 +39,7 @@ def tiny(name: str) -> ml_collections.ConfigDict:
         "multicrop", global_size=16, local_count=0, jitter=(0.4, 0.4, 0.0, 0.0), grey_probability=0.0,
         blur_probability=(0.0, 0.0), solarise_probability=(0.0, 0.0),
     )  # fmt: skip
-    c.method.estimator = component("balanced", components=16, memory=32)
+    c.method.estimator = component("balanced", components=16, memory=32)  # as measured: docs/results/doctor.md
     c.method.objective = ml_collections.ConfigDict({"carp": {"block": 16, "temperature": 0.1}})
     c.method.optim = component("adamw", peak_lr=2e-3, weight_decay=0.05, warmup_fraction=0.1)
     c.method.teacher.start = 0.98

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,7 @@ class Mirror:
             shutil.rmtree(temporary, ignore_errors=True)
             for name in files:
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
-                list(pool.map(lambda name: _copy(source / name, temporary / name), files))
+            _copy_all(source, temporary, files)
         wrong = [name for name, size in files.items() if (temporary / name).stat().st_size != size]
         if wrong:
             shutil.rmtree(temporary)
@@ -149,22 +148,13 @@ class Mirror:
         if complete.exists():
             return
         target = folder / step
-        if target.exists():
-            target.rmtree()  # an upload that was cut short
+        _remove(target)  # an upload that was cut short
         try:
-            files = {
-                str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()
-            }
-            if not files:
-                raise FileNotFoundError(f"{checkpoint} holds no file")
-            self._make([target / name for name in files])
-            with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
-                list(pool.map(lambda name: _copy(checkpoint / name, target / name), files))
+            files = self._upload(checkpoint, target)
         except FileNotFoundError:
             if max(steps_below(checkpoint.parent), default=-1) <= int(step):
                 raise
-            if target.exists():  # removed under our hands because a newer one is complete: that one comes next
-                target.rmtree()
+            _remove(target)  # the checkpoint went because a newer one is complete: that one comes next
             return
         self._copy_files()
         complete.write_text(json.dumps({"files": files}))
@@ -172,6 +162,15 @@ class Mirror:
         for old in self._complete(checkpoint.parent.name) - here:
             (folder / f"{old}{COMPLETE}").unlink()
             (folder / str(old)).rmtree()
+
+    def _upload(self, checkpoint: Path, target: Any) -> dict[str, int]:
+        """Sizes of the checkpoint's files, by name below it, copied to `target`. FileNotFoundError: some are gone."""
+        files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
+        if not files:
+            raise FileNotFoundError(f"{checkpoint} holds no file")
+        self._make([target / name for name in files])
+        _copy_all(checkpoint, target, files)
+        return files
 
     def _copy_files(self) -> None:
         """Everything of the workdir that is no checkpoint and has changed since it was last copied."""
@@ -239,6 +238,16 @@ def following(url: str | None, workdir: Path, say: Callable[[str], None]) -> Ite
             )
     finally:
         mirror.close()
+
+
+def _remove(folder: Any) -> None:
+    if folder.exists():
+        folder.rmtree()
+
+
+def _copy_all(source: Any, target: Any, names: Iterable[str]) -> None:
+    with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
+        list(pool.map(lambda name: _copy(source / name, target / name), names))
 
 
 def _copy(source: Any, target: Any) -> None:

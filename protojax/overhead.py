@@ -22,14 +22,15 @@ from protojax.api import PyTree, Recipe, TrainState
 from protojax.config import Config
 
 # Steps a turn: an estimator that sweeps its memory every few steps has an expensive step among cheap ones.
-BLOCK = 16
+# As many as lie between two sweeps of `balanced` at the largest K that the study asks for, or a multiple of that.
+BLOCK = 32
 
 
 def measure(config: Config, rounds: int = 5) -> dict[str, Any]:
     """Timed on all devices at `config`'s sizes, from the state after the data start.
 
-    Returns step_ms (the whole step, median over `rounds` blocks of 16), without_ms, share (1 - without / whole), noise
-    (|A / A' - 1| of the two turns of the whole step), images_per_second; state_mb (the estimator's), state_share (of
+    Returns step_ms (the whole step, median over `rounds` of BLOCK steps), without_ms, share (1 - without / whole),
+    noise (|A / A' - 1| of the two turns of the whole step), images_per_second; state_mb (the estimator's), state_share (of
     the training state), temporaries_mb and without_temporaries_mb (of the compiled programs, a device).
     Raises ValueError for a recipe without an estimator."""
     recipe = running.build(config)

@@ -208,7 +208,6 @@ def test_a_place_that_cannot_be_used_is_refused_before_training(tmp_path, store,
 KILLED = """
 import sys
 from pathlib import Path
-from protojax import mirror as mirror_lib
 from protojax import running
 from tests.toy import toy_config
 config = toy_config(method__steps=40, run__checkpoint_every=0.1, run__mirror=sys.argv[2])

@@ -19,6 +19,7 @@ from protojax.ops.unit import unit
 from protojax.schedules import Schedule, ScheduleSpec, check_choice, make_schedule
 
 SWEEPS = 8  # over the memory, while a row stays in it
+MEMORY = 4  # rows a component, where no memory is given
 
 
 def turnover(memory: int, rows: int) -> int:
@@ -119,7 +120,7 @@ def balanced(
     ValueError or TypeError for any option out of range.
     """
     count = common.check_count("balanced, components", components)
-    size = 4 * count if memory is None else common.check_count("balanced, memory", memory)
+    size = MEMORY * count if memory is None else common.check_count("balanced, memory", memory)
     if size < 2 * count:
         raise ValueError(
             f"balanced, memory: expected at least 2 x components = {2 * count} rows, so that each component can own "

@@ -34,8 +34,7 @@ def koleo(*, tile: int = 1024) -> Objective:
         views = common.unit_rows(inputs["student"]["image"], mask)
         distance = jnp.stack([_distance(view, tile, mask) for view in views])
         paired = mask & (jnp.sum(mask) > 1)
-        per_image = jnp.mean(jnp.log(jnp.where(paired[None], distance, jnp.ones((), distance.dtype))), axis=0)
-        value = -common.masked_mean(per_image, paired)
+        value = -common.masked_mean(jnp.mean(jnp.log(distance), axis=0), paired)
         nearest = common.masked_mean(jnp.mean(distance, axis=0), paired)
         return value, {"loss": common.once(value, paired), "nearest": common.once(nearest, paired)}
 

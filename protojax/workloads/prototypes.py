@@ -85,13 +85,16 @@ def build(config: Config) -> Recipe:
     objective_lib.check_inputs(objective, _available(estimator, *(() if hidden is None else ("tokens",))))
     if method.products != "float32":
         estimator, objective = _in_products(estimator, objective, method.products)
-    made = views.make_views(large, small, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype, matmul_dtype=dtype)
+    seen = views.make_views(large, small, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype, matmul_dtype=dtype)
     plain = functools.partial(views.plain_view, size=large.size, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype)
-    whole = _fitted_to_whole_images(config)
+    if hidden is not None:
+        seen = _with_hidden_patches(seen, config, hidden)
+    if _fitted_to_whole_images(config):
+        seen = _with_whole_images(seen, plain)
     optimizer, learning_rate, clip_norm = base.optimiser(config, steps)
     return Recipe(
         sources=found,
-        views=_views(made if hidden is None else _with_hidden_patches(made, config, hidden), plain if whole else None),
+        views=seen,
         teacher_views=views.teacher_views,
         plain_view=plain,
         encoder=encoder,
@@ -123,9 +126,9 @@ def _fitted_to_whole_images(config: Config) -> bool:
     return rows == "plain"
 
 
-def _views(made: Callable, plain: Callable | None) -> Callable:
-    """The views, with 'plain' [1,B,H,W,3], each image whole, where the estimator is fitted to that."""
-    return made if plain is None else lambda key, batch: {**made(key, batch), "plain": plain(batch)["global"]}
+def _with_whole_images(made: Callable, plain: Callable) -> Callable:
+    """The views with 'plain' [1,B,H,W,3]: each image whole, which the student does not see."""
+    return lambda key, batch: {**made(key, batch), "plain": plain(batch)["global"]}
 
 
 def _teacher(encoder: Encoder) -> Encoder:
