@@ -30,8 +30,8 @@ def measure(config: Config, rounds: int = 5) -> dict[str, Any]:
     """Timed on all devices at `config`'s sizes, from the state after the data start.
 
     Returns step_ms (the whole step, median over `rounds` of BLOCK steps), without_ms, share (1 - without / whole),
-    noise (|A / A' - 1| of the two turns of the whole step), images_per_second; state_mb (the estimator's), state_share (of
-    the training state), temporaries_mb and without_temporaries_mb (of the compiled programs, a device).
+    noise (|A / A' - 1| of the two turns of the whole step), images_per_second; state_mb (the estimator's), state_share
+    (of the training state), temporaries_mb and without_temporaries_mb (of the compiled programs, a device).
     Raises ValueError for a recipe without an estimator."""
     recipe = running.build(config)
     if recipe.estimator is None:
