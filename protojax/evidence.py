@@ -36,16 +36,18 @@ K_NEAREST = 20
 
 
 class Asked(NamedTuple):
-    """What stands behind the colon of a study: DATA[,NETWORK], or smoke."""
+    """What stands behind the colon of a study: DATA[,NETWORK][,STEPS], or smoke. steps: None for those of the data."""
 
     data: str
     network: str
     smoke: bool
+    steps: int | None = None
 
     @property
     def runs(self) -> str:
-        """The folder that all studies of this data set and network share."""
-        return "prototypes_" + self.data + ("" if self.network == "micro" else f"_{self.network}")
+        """The folder that all studies of this data set, network and length share."""
+        parts = ("" if self.network == "micro" else self.network, "" if self.steps is None else str(self.steps))
+        return "_".join(("prototypes", self.data, *filter(None, parts)))
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -53,7 +55,8 @@ class Asked(NamedTuple):
 
     @property
     def about(self) -> str:
-        return DATA[self.data] + ("" if self.network == "micro" else f"; {self.network}")
+        length = "" if self.steps is None else f"; {self.steps} steps"
+        return DATA[self.data] + ("" if self.network == "micro" else f"; {self.network}") + length
 
     @property
     def nearest(self) -> str:
@@ -68,15 +71,18 @@ class Asked(NamedTuple):
     def trial(self, label: str, arm: str = "decoupled", changes: Mapping[str, Any] | None = None) -> Trial:
         """arm: as behind the colon of configs/prototypes.py, further flags included ('joint,ibot')."""
         flags = ("smoke",) if self.smoke else (self.data, self.network)
-        smallest = {}
+        common: dict[str, Any] = {}
         if self.smoke:
-            smallest = {k: v for k, v in SMALLEST.items() if "ibot" not in arm or "widths" not in k}
-        return Trial(label, "prototypes:" + ",".join((arm, *flags)), {**smallest, **(changes or {})})
+            common = {k: v for k, v in SMALLEST.items() if "ibot" not in arm or "widths" not in k}
+        elif self.steps is not None:
+            common = {"method.steps": self.steps}
+        return Trial(label, "prototypes:" + ",".join((arm, *flags)), {**common, **(changes or {})})
 
     def at_batch(self, label: str, arm: str, size: int) -> Trial:
         """The arm at another batch size, as many images seen (`arms.at_batch`)."""
         c = self.config
         c.unlock()
+        c.method.steps = self.steps or c.method.steps
         arms.at_batch(c, size)
         method = c.method
         changed = {"method.optim.peak_lr": method.optim.peak_lr, "method.teacher.start": method.teacher.start}
@@ -89,12 +95,18 @@ class Asked(NamedTuple):
 
 
 def asked(argument: str, smoke: bool) -> Asked:
-    """Of 'omniglot', 'tiny,resnet18', ... Raises ValueError for a data set or network that is none."""
+    """Of 'omniglot', 'tiny,resnet18', 'grocery,350', ... Raises ValueError for a data set or network that is none, for
+    a second one, and for a number of steps that is not positive."""
     names = [part.strip() for part in argument.split(",") if part.strip()]
     data, networks = [n for n in names if n in DATA], [n for n in names if n in NETWORKS]
-    if len(data) != 1 or len(networks) > 1 or len(names) > len(data) + len(networks):
-        raise ValueError(f"a study is of DATA[,NETWORK], DATA one of {[*DATA]}, NETWORK of {[*NETWORKS]}; got {names}.")
-    return Asked(data[0], networks[0] if networks else "micro", smoke)
+    steps = [int(n) for n in names if n.isdecimal()]
+    given = len(data) + len(networks) + len(steps)
+    if len(data) != 1 or len(networks) > 1 or len(steps) > 1 or 0 in steps or len(names) > given:
+        raise ValueError(
+            f"a study is of DATA[,NETWORK][,STEPS], DATA one of {[*DATA]}, NETWORK of {[*NETWORKS]}, STEPS a number of "
+            f"steps if not the usual one; got {names}."
+        )
+    return Asked(data[0], networks[0] if networks else "micro", smoke, steps[0] if steps else None)
 
 
 # ---------------------------------------------------------------------------------------------------------- rows

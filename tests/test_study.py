@@ -207,8 +207,9 @@ def test_what_cannot_end_well_is_refused_before_anything_runs(planned, tmp_path)
         study.run(planned, tmp_path, only=("ours",))
     with pytest.raises(ValueError, match="takes no argument, got 'x'"):
         study.load("quickstart:x")
-    with pytest.raises(ValueError, match=r"DATA\[,NETWORK\]"):
-        study.load("diversity:nothing")
+    for argument in ("nothing", "grocery,0", "grocery,3,4", "grocery,omniglot", "3", "grocery,-3"):
+        with pytest.raises(ValueError, match=r"DATA\[,NETWORK\]\[,STEPS\]"):
+            study.load(f"diversity:{argument}")
 
 
 def test_at_another_batch_size_as_many_images_are_seen():
@@ -220,6 +221,18 @@ def test_at_another_batch_size_as_many_images_are_seen():
     assert small.method.optim.options["peak_lr"] == pytest.approx(whole.method.optim.options["peak_lr"] / 2)
     assert small.method.teacher.start**4 == pytest.approx(whole.method.teacher.start)
     assert small.method.estimator == whole.method.estimator
+
+
+def test_a_study_can_be_asked_for_with_another_number_of_steps():
+    """Every trial of it, at every batch size as many images, in a folder of its own."""
+    usual, short = (evidence.asked(a, smoke=False) for a in ("grocery", "grocery,350"))
+    assert (usual.runs, short.runs) == ("prototypes_grocery", "prototypes_grocery_350")
+    assert short.about == f"{usual.about}; 350 steps"
+    ours = [study.config_of(of.trial("t", "joint", {"data.batch_size": 64}), 0) for of in (usual, short)]
+    assert [c.method.steps for c in ours] == [700, 350]
+    assert ours[0] == dataclasses.replace(ours[1], method=dataclasses.replace(ours[1].method, steps=700))
+    assert study.config_of(short.at_batch("t", "decoupled", 32), 0).method.steps == 1400
+    assert {study.config_of(t, 0).method.steps for t in study.load("ablation:grocery,350").trials} == {350}
 
 
 @pytest.mark.parametrize(
