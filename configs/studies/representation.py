@@ -7,14 +7,16 @@ The runs are those of `diversity`: what is there is not trained again. Transfer:
 data set's training images are the bank of the k-NN and what the probe learns from.
 """
 
+from typing import Any
+
 from protojax import evidence
 from protojax.measuring import Evaluated
 from protojax.study import Row, Study
 
 ARMS = ("decoupled", "joint", "frozen", "joint_koleo", "partial", "paper", "decoupled_dino", "joint_dino")
 AWAY = ("grocery", "omniglot", "fashion", "tiny_mini")
-PROBES = {"evaluations": {"knn": {}, "linear": {}}, "k": [evidence.K_NEAREST], "labels": ["fine"]}
-SHORT = {"evaluations": {"knn": {}, "linear": {"steps": 5}}, "k": [5], "labels": ["fine"]}
+PROBES: dict[str, Any] = {"evaluations": {"knn": {}, "linear": {}}, "k": [evidence.K_NEAREST], "labels": ["fine"]}
+SHORT: dict[str, Any] = {"evaluations": {"knn": {}, "linear": {"steps": 5}}, "k": [5], "labels": ["fine"]}
 
 
 def get_study(smoke: bool = False, argument: str = "grocery") -> Study:
@@ -22,8 +24,12 @@ def get_study(smoke: bool = False, argument: str = "grocery") -> Study:
     away = [name for name in AWAY if name != of.data][: 1 if smoke else None]
     plain = SHORT if smoke else PROBES
     places = {name: f"prototypes:{'smoke' if smoke else name}" for name in away}
-    measures = (Evaluated("home", plain), *(Evaluated(f"on_{n}", plain, data) for n, data in places.items()))
+    home = Evaluated("home", {**plain, "evaluations": {**plain["evaluations"], "clustering": {}}})
+    measures = (home, *(Evaluated(f"on_{n}", plain, data) for n, data in places.items()))
     rows = [*evidence.k_nn(of.nearest), Row("linear, %", "measured/home/linear/fine/accuracy", 100)]
+    # What the loss draws together: images that share a prototype.
+    shared = "measured/home/clustering/fine/pair_precision"
+    rows.append(Row("pairs that share a prototype and the class, %", shared, 100))
     for name in away:
         rows += [
             Row(f"{name}: k-NN, %", f"measured/on_{name}/knn/fine/{of.nearest}", 100),
@@ -32,7 +38,8 @@ def get_study(smoke: bool = False, argument: str = "grocery") -> Study:
     return Study(
         name=f"representation_{argument.replace(',', '_')}",
         question=f"Trained on: {of.about}. Last checkpoint, teacher's backbone features. Softmax probe: rate and decay "
-        "chosen on a held-out tenth of the training images. Below a name: the same encoders on that data set.",
+        "chosen on a held-out tenth of the training images. Pairs: of all pairs of training images that share their "
+        "nearest prototype, how many are of one class. Below a name: the same encoders on that data set.",
         trials=of.arms(ARMS),
         rows=tuple(rows),
         seeds=of.seeds,

@@ -19,6 +19,11 @@ def contingency(labels: np.ndarray, assignment: np.ndarray) -> np.ndarray:
     return counts.reshape(len(classes), len(clusters)).astype(np.float64)
 
 
+def _pairs(counts: np.ndarray) -> float:
+    """How many pairs of rows lie in one cell: sum of n (n - 1) / 2."""
+    return float(np.sum(counts * (counts - 1.0)) / 2.0)
+
+
 def normalised_mutual_information(labels: np.ndarray, assignment: np.ndarray) -> float:
     """I(labels; assignment) / mean of the two entropies, in [0, 1]; 1 when both have one value only."""
     joint = contingency(labels, assignment)
@@ -38,12 +43,8 @@ def adjusted_rand_index(labels: np.ndarray, assignment: np.ndarray) -> float:
     1 for the same partition, about 0 by chance, may be negative.
     """
     counts = contingency(labels, assignment)
-
-    def pairs(n: np.ndarray) -> float:
-        return float(np.sum(n * (n - 1.0)) / 2.0)
-
-    together, rows, columns = pairs(counts), pairs(counts.sum(axis=1)), pairs(counts.sum(axis=0))
-    total = pairs(counts.sum(keepdims=True))
+    together, rows, columns = _pairs(counts), _pairs(counts.sum(axis=1)), _pairs(counts.sum(axis=0))
+    total = _pairs(counts.sum(keepdims=True))
     expected = rows * columns / total if total else 0.0
     largest = (rows + columns) / 2.0
     return 1.0 if largest == expected else (together - expected) / (largest - expected)
@@ -62,11 +63,22 @@ def purity(labels: np.ndarray, assignment: np.ndarray) -> float:
     return float(counts.max(axis=0).sum()) / float(counts.sum())
 
 
+def pair_precision(labels: np.ndarray, assignment: np.ndarray) -> float:
+    """Share of the pairs of rows of one cluster that are of one class; 1 when no cluster has two rows.
+
+    Unlike purity it gives nothing for clusters of one row, and it is what a loss that draws the rows of a cluster
+    together gets right."""
+    counts = contingency(labels, assignment)
+    together = _pairs(counts.sum(axis=0))
+    return _pairs(counts) / together if together else 1.0
+
+
 def clustering_scores(labels: np.ndarray, assignment: np.ndarray) -> dict[str, float]:
-    """{'nmi', 'ari', 'hungarian', 'purity'} of an assignment int [N] against labels int [N]."""
+    """{'nmi', 'ari', 'hungarian', 'purity', 'pair_precision'} of an assignment int [N] against labels int [N]."""
     return {
         "nmi": normalised_mutual_information(labels, assignment),
         "ari": adjusted_rand_index(labels, assignment),
         "hungarian": hungarian_accuracy(labels, assignment),
         "purity": purity(labels, assignment),
+        "pair_precision": pair_precision(labels, assignment),
     }

@@ -147,7 +147,8 @@ def clustering_evaluation(
     name: str = "clustering",
 ) -> Evaluation:
     """Agreement of the nearest-prototype assignment with labels: {'clustering': {label: {'nmi', 'ari', 'hungarian',
-    'purity'}}}; rows without direction are a cluster of their own. Raises ValueError for a missing split or label."""
+    'purity', 'pair_precision'}}}; rows without direction are a cluster of their own. Raises ValueError for a missing
+    split or label."""
     _check_reading(reading, name)
     spec = split_spec(specs, split, name)
     for label in some_labels(label_keys, name):

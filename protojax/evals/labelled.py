@@ -151,7 +151,8 @@ def kmeans_evaluation(
     """Agreement with labels of k-means on unit backbone features of the bank: the control for the prototypes' clusters.
 
     clusters: None for as many as the label has classes. Returns {name: {label: {'nmi', 'ari', 'hungarian', 'purity',
-    'clusters'}}}; more clusters than rows mean one a row. Raises ValueError also for clusters that are no number >= 1.
+    'pair_precision', 'clusters'}}}; more clusters than rows mean one a row. Raises ValueError also for clusters that
+    are no number >= 1.
     """
     if clusters is not None and (not isinstance(clusters, int) or clusters < 1):
         raise ValueError(f"evaluation {name!r}: clusters must be None or a number >= 1, got {clusters!r}.")

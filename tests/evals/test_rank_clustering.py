@@ -11,6 +11,7 @@ from protojax.evals.clustering import (
     clustering_scores,
     hungarian_accuracy,
     normalised_mutual_information,
+    pair_precision,
     purity,
 )
 from protojax.evals.rank import effective_rank, rank_summary, rankme, singular_values, spread
@@ -111,6 +112,9 @@ def test_scores_equal_scikit_learn(case):
     assert normalised_mutual_information(labels, assignment) == pytest.approx(expected_nmi, abs=1e-12)
     expected_ari = metrics.adjusted_rand_score(labels, assignment)
     assert adjusted_rand_index(labels, assignment) == pytest.approx(expected_ari, abs=1e-12)
+    (_, apart), (_, together) = metrics.cluster.pair_confusion_matrix(labels, assignment)
+    expected_precision = together / (together + apart) if together + apart else 1.0
+    assert pair_precision(labels, assignment) == pytest.approx(expected_precision, abs=1e-12)
 
 
 def test_hungarian_equals_enumeration_of_matchings():
@@ -135,7 +139,7 @@ def test_shuffled_labels_are_at_chance():
 
 
 def test_renaming_changes_nothing_and_is_perfect():
-    assert list(clustering_scores(*CASES["renamed"]).values()) == pytest.approx([1.0] * 4, abs=1e-15)
+    assert list(clustering_scores(*CASES["renamed"]).values()) == pytest.approx([1.0] * 5, abs=1e-15)
 
 
 def test_empty_or_unequal_vectors_are_refused():
