@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -48,7 +51,9 @@ def _parse(arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
     argv = ["protojax train", *rest]
     try:
         if file is not None:
-            config_flags.DEFINE_config_dict("config", load(file), flag_values=values, sys_argv=argv)
+            config = load(file)
+            argv = _with_schedules(config, argv)
+            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         return values, values(argv)[1:]
     except (flags.Error, AttributeError, KeyError) as error:
         reason: BaseException = error
@@ -56,6 +61,36 @@ def _parse(arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
             reason = reason.args[0]
         text = f"the configuration has no key {reason.args[0]}" if isinstance(reason, KeyError) else str(reason)
         raise ValueError(text) from error
+
+
+def _with_schedules(config: ml_collections.ConfigDict, argv: list[str]) -> list[str]:
+    """`argv` without --config.KEY=VALUE where a schedule takes the place of a number or a number that of a schedule:
+    these are put into `config` here, since a flag keeps the type of its default."""
+    from protojax.schedules import SHAPES
+
+    def kind(value: object) -> str:
+        if isinstance(value, tuple) and value and value[0] in SHAPES:
+            return "schedule"
+        return "number" if isinstance(value, int | float) and not isinstance(value, bool) else ""
+
+    kept = []
+    for argument in argv:
+        found = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument)
+        *path, key = found[1].split(".") if found else [""]
+        try:
+            at, value = config, ast.literal_eval(found[2]) if found else None
+            for part in path:
+                at = at[part]
+            there = at[key] if key in at else None
+        except (ValueError, SyntaxError, KeyError, TypeError):
+            there = value = None  # no literal or no such key: absl says so
+        if {kind(there), kind(value)} == {"schedule", "number"}:
+            with at.unlocked():
+                del at[key]
+                at[key] = value
+        else:
+            kept.append(argument)
+    return kept
 
 
 if __name__ == "__main__":

@@ -83,6 +83,21 @@ def test_overrides_of_every_kind_reach_the_configuration(trained):
     assert (method.head.name, dict(method.head.options)) == ("linear", {"dim": 8})
 
 
+def test_a_schedule_may_take_the_place_of_a_number_and_a_number_that_of_a_schedule(trained, capsys):
+    rate, momentum = "('linear', 1.0, 0.2, 0.0, 0.3)", "('cosine', 0.9, 1.0)"
+    assert main([SMOKE, f"--config.method.estimator.rate={rate}", "--config.method.estimator.temperature=0.02"]) == 0
+    assert main([f"{SMOKE},paper", "--config.method.estimator.beta=1", f"--config.method.estimator.eta={momentum}"]) == 0
+    balanced, mixture = (config.method.estimator.options for config, _ in trained)
+    assert (balanced["rate"], balanced["temperature"]) == (("linear", 1.0, 0.2, 0.0, 0.3), 0.02)
+    assert (mixture["beta"], mixture["eta"]) == (1, ("cosine", 0.9, 1.0))
+    # Nothing else may change its type, and what is misspelt is still told so.
+    assert main([SMOKE, "--config.data.batch_size=(1, 2)"]) == 2
+    assert main([SMOKE, f"--config.method.estimator.rat={rate}"]) == 2
+    assert main([SMOKE, "--config.method.estimator.rate=('lineal', 1.0, 0.2)"]) == 2
+    assert len(trained) == 2
+    assert "has no key" in capsys.readouterr().err
+
+
 def test_one_call_leaves_nothing_for_the_next(trained):
     assert main([SMOKE, "--config.seed=5", "--workdir=a"]) == 0
     assert main([SMOKE]) == 0

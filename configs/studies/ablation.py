@@ -14,9 +14,9 @@ from protojax.study import Row, Study
 def changes(count: int) -> dict[str, tuple[str, dict]]:
     """Label -> (arm, what is changed); `count` prototypes. Keys are those of `method.estimator` unless they say so."""
     balanced = {
-        "no annealing": {"temperature": 0.005},
-        "annealed to 0.01": {"temperature": ("exponential", 0.2, 0.01, 0.0, 0.1)},
-        "blunt to the end (0.05)": {"temperature": 0.05},
+        "annealed from 0.2": {"temperature": ("exponential", 0.2, 0.005, 0.0, 0.1)},
+        "annealed from 0.05": {"temperature": ("exponential", 0.05, 0.005, 0.0, 0.1)},
+        "blunt (0.05)": {"temperature": 0.05},
         "no centring": {"center": False},
         "started at random": {"start": "random", "start_sweeps": 0},
         "no start sweeps": {"start_sweeps": 0},

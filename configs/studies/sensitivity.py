@@ -28,11 +28,10 @@ BATCHES = (32, 64, 256)
 
 def _trials(of: evidence.Asked) -> list[Trial]:
     count = of.config.method.estimator.components
-    annealed = lambda end: ("exponential", 0.2, end, 0.0, 0.1)  # noqa: E731
     out = [of.trial(arm, arm) for arm in ("decoupled", "joint", "paper")]
     out += [of.trial(f"eta {v:g}", "paper", {"method.estimator.eta": v}) for v in ETAS]
     out += [of.trial(f"beta {name}", "paper", {"method.estimator.beta": v}) for name, v in BETAS.items()]
-    out += [of.trial(f"temperature {v:g}", changes={"method.estimator.temperature": annealed(v)}) for v in TEMPERATURES]
+    out += [of.trial(f"temperature {v:g}", changes={"method.estimator.temperature": v}) for v in TEMPERATURES]
     out += [of.trial(f"rate {v:g}", changes={"method.estimator.rate": v}) for v in RATES]
     out += [of.trial(f"KoLeo {w:g}", changes={"method.objective.koleo.weight": w}) for w in SPREADS]
     for arm in ("decoupled", "joint"):
@@ -48,7 +47,7 @@ def get_study(smoke: bool = False, argument: str = "grocery") -> Study:
     return Study(
         name=f"sensitivity_{argument.replace(',', '_')}",
         question=f"{of.about}. One number changed a line; defaults: eta 0.05, beta from 0.5 to 1 in 0.3 of the run, "
-        "temperature from 0.2 to 0.005 in 0.1 of the run, rate 0.2, KoLeo 0.5, D = 64, batch 128.",
+        "temperature 0.005, rate 0.2, KoLeo 0.5, D = 64, batch 128.",
         trials=(of.trial("K 32", changes={"method.estimator.components": 32}),) if smoke else tuple(_trials(of)),
         rows=(
             Row("prototypes", "prototypes/count", digits=0),
