@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -64,33 +65,41 @@ def _parse(arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
 
 
 def _with_schedules(config: ml_collections.ConfigDict, argv: list[str]) -> list[str]:
-    """`argv` without --config.KEY=VALUE where a schedule takes the place of a number or a number that of a schedule:
-    these are put into `config` here, since a flag keeps the type of its default."""
-    from protojax.schedules import SHAPES
-
-    def kind(value: object) -> str:
-        if isinstance(value, tuple) and value and value[0] in SHAPES:
-            return "schedule"
-        return "number" if isinstance(value, int | float) and not isinstance(value, bool) else ""
-
+    """`argv` without the --config.KEY=VALUE that put a schedule in the place of a number, or a number in that of a
+    schedule: they are put into `config` here, since a flag keeps the type of its default."""
     kept = []
     for argument in argv:
         found = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument)
-        *path, key = found[1].split(".") if found else [""]
-        try:
-            at, value = config, ast.literal_eval(found[2]) if found else None
-            for part in path:
-                at = at[part]
-            there = at[key] if key in at else None
-        except (ValueError, SyntaxError, KeyError, TypeError):
-            there = value = None  # no literal or no such key: absl says so
-        if {kind(there), kind(value)} == {"schedule", "number"}:
-            with at.unlocked():
-                del at[key]
-                at[key] = value
-        else:
+        if found is None or not _replaced(config, found[1].split("."), found[2]):
             kept.append(argument)
     return kept
+
+
+def _replaced(config: ml_collections.ConfigDict, path: list[str], text: str) -> bool:
+    """Whether this was such a value; what is no literal, or has no place, is left for absl to complain about."""
+    at: Any = config
+    for part in path[:-1]:
+        at = at.get(part) if isinstance(at, ml_collections.ConfigDict) else None
+    if not isinstance(at, ml_collections.ConfigDict) or path[-1] not in at:
+        return False
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return False
+    if {_kind(at[path[-1]]), _kind(value)} != {"schedule", "number"}:
+        return False
+    with at.unlocked():
+        del at[path[-1]]
+        at[path[-1]] = value
+    return True
+
+
+def _kind(value: object) -> str:
+    from protojax.schedules import SHAPES
+
+    if isinstance(value, tuple) and value and value[0] in SHAPES:
+        return "schedule"
+    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else ""
 
 
 if __name__ == "__main__":

@@ -84,9 +84,9 @@ def test_overrides_of_every_kind_reach_the_configuration(trained):
 
 
 def test_a_schedule_may_take_the_place_of_a_number_and_a_number_that_of_a_schedule(trained, capsys):
-    rate, momentum = "('linear', 1.0, 0.2, 0.0, 0.3)", "('cosine', 0.9, 1.0)"
+    rate, eta = "('linear', 1.0, 0.2, 0.0, 0.3)", "('cosine', 0.9, 1.0)"
     assert main([SMOKE, f"--config.method.estimator.rate={rate}", "--config.method.estimator.temperature=0.02"]) == 0
-    assert main([f"{SMOKE},paper", "--config.method.estimator.beta=1", f"--config.method.estimator.eta={momentum}"]) == 0
+    assert main([f"{SMOKE},paper", "--config.method.estimator.beta=1", f"--config.method.estimator.eta={eta}"]) == 0
     balanced, mixture = (config.method.estimator.options for config, _ in trained)
     assert (balanced["rate"], balanced["temperature"]) == (("linear", 1.0, 0.2, 0.0, 0.3), 0.02)
     assert (mixture["beta"], mixture["eta"]) == (1, ("cosine", 0.9, 1.0))
