@@ -93,8 +93,8 @@ def balanced(
         means apart that share few (docs/results/diversity_omniglot.md), at the same cost with `every=0`.
       features: 'unit' or 'raw', as the objective reads them: the centre is in these units.
       temperature: entropy of the plan, in units of cosine. Blunt plans (0.05) blur the means together; 0.01 kept 90% of
-        components apart in trials. A schedule may anneal it, at the cost of steps in which the encoder learns from a
-        blurred codebook (docs/results/diversity_omniglot.md).
+        components apart in trials. A schedule may anneal it; while plans are blunt, an encoder that looks at the
+        codebook learns little (docs/results/diversity_omniglot.md).
       rate: how far means go to their evidence; the encoder drifts, so the old is forgotten in 1 / rate sweeps.
       every: sweep the memory every so many steps; a sweep costs M K D, whatever the batch. 0: every max(1, M / (8 N))
         steps, so that a row is swept over about eight times while it is in the memory: with M = 4 K the cost of a step
