@@ -164,8 +164,8 @@ def small_images(c: ml_collections.ConfigDict, prototypes: int, network: str = "
     )
     # Prototypes are for whole images, and so is the audit: fitted to crops, some answer for crops alone.
     c.method.rows = "plain"
-    # Sharp from the first step. Annealed (blunt first, prototypes close together) the encoder learns little in the first
-    # quarter of the run, and ends no better: docs/results/diversity_omniglot.md.
+    # Sharp from the first step. Annealed (blunt first, prototypes close together) the encoder learns little in the
+    # first quarter of the run, and ends no better: docs/results/diversity_omniglot.md.
     # every=0: as often as the memory turns over, so that the sweep's share of a step does not grow with K squared.
     c.method.estimator = component(
         "balanced",

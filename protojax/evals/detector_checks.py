@@ -189,8 +189,8 @@ def dead_prototypes(history: History, t: Thresholds) -> Seen:
 
 def duplicate_prototypes(history: History, t: Thresholds) -> Seen:
     """More than `copies` live prototypes repeat another at epsilon 0.025, and the unique share is below `share` at the
-    last two checks, or lower than before at each of the last `checks` checks and by `fall` in all; `steps` steps or
-    more after the first evaluation, which shows the start."""
+    last two checks, or lower than before at each of the last `checks` checks, by `fall` in all, and at the last one by
+    `levels` times the mean of these falls; `steps` steps or more after the first evaluation, which shows the start."""
     live = {p.step: p.value for p in history.finite("prototypes/live")}
     unique = history.finite("prototypes/live_unique/0.025")
     shares = [p.value / live[p.step] for p in unique if live.get(p.step, 0.0) > 0.0]
@@ -199,9 +199,10 @@ def duplicate_prototypes(history: History, t: Thresholds) -> Seen:
     if live[unique[-1].step] - unique[-1].value <= t["copies"]:
         return None
     tail = shares[-int(t["checks"]) - 1 :]
-    falling = len(tail) > t["checks"] and all(b < a for a, b in itertools.pairwise(tail))
+    falls = [a - b for a, b in itertools.pairwise(tail)]
+    falling = len(falls) == t["checks"] and min(falls) > 0 and sum(falls) >= t["fall"]
     low = len(shares) > 1 and max(shares[-2:]) < t["share"]
-    if not low and not (falling and tail[0] - tail[-1] >= t["fall"]):
+    if not low and not (falling and falls[-1] >= t["levels"] * sum(falls) / len(falls)):
         return None
     before = shares[0] if len(shares) > 1 else shares[-1]
     return {"unique": unique[-1].value, "live": live[unique[-1].step], "share": shares[-1], "before": before}
