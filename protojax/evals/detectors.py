@@ -99,7 +99,7 @@ GENERAL: tuple[Detector, ...] = (
             "copies": Threshold(2, "one or two copies are flicker, also among few prototypes"),
             "checks": Threshold(3, "three falls in a row are a trend, not noise"),
             "fall": Threshold(0.02, "a fall of one or two prototypes is flicker"),
-            "levels": Threshold(0.5, "a last fall below half the mean one levels off, as after k-means++ seeds"),
+            "levels": Threshold(0.75, "a last fall well below the mean one levels off, as after k-means++ seeds"),
             "steps": Threshold(50, _SOON),
         },
         ("prototypes/live", "prototypes/live_unique/0.025"), checks.duplicate_prototypes,
