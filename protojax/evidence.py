@@ -36,7 +36,8 @@ K_NEAREST = 20
 
 
 class Asked(NamedTuple):
-    """What stands behind the colon of a study: DATA[,NETWORK][,STEPS], or smoke. steps: None for those of the data."""
+    """What stands behind the colon of a study: DATA[,NETWORK][,STEPS], or smoke. steps: None for those of the data
+    (and of the smoke version)."""
 
     data: str
     network: str
@@ -66,7 +67,10 @@ class Asked(NamedTuple):
     @property
     def config(self) -> ConfigDict:
         """The decoupled default on these data: what changes are made against."""
-        return configs_path.load(self.trial("").config)
+        c = configs_path.load(self.trial("").config)
+        c.unlock()
+        c.method.steps = self.steps or c.method.steps
+        return c
 
     def trial(self, label: str, arm: str = "decoupled", changes: Mapping[str, Any] | None = None) -> Trial:
         """arm: as behind the colon of configs/prototypes.py, further flags included ('joint,ibot')."""
@@ -74,15 +78,13 @@ class Asked(NamedTuple):
         common: dict[str, Any] = {}
         if self.smoke:
             common = {k: v for k, v in SMALLEST.items() if "ibot" not in arm or "widths" not in k}
-        elif self.steps is not None:
+        if self.steps is not None:
             common = {"method.steps": self.steps}
         return Trial(label, "prototypes:" + ",".join((arm, *flags)), {**common, **(changes or {})})
 
     def at_batch(self, label: str, arm: str, size: int) -> Trial:
         """The arm at another batch size, as many images seen (`arms.at_batch`)."""
         c = self.config
-        c.unlock()
-        c.method.steps = self.steps or c.method.steps
         arms.at_batch(c, size)
         method = c.method
         changed = {"method.optim.peak_lr": method.optim.peak_lr, "method.teacher.start": method.teacher.start}
@@ -106,7 +108,7 @@ def asked(argument: str, smoke: bool) -> Asked:
             f"a study is of DATA[,NETWORK][,STEPS], DATA one of {[*DATA]}, NETWORK of {[*NETWORKS]}, STEPS a number of "
             f"steps if not the usual one; got {names}."
         )
-    return Asked(data[0], networks[0] if networks else "micro", smoke, steps[0] if steps else None)
+    return Asked(data[0], networks[0] if networks else "micro", smoke, steps[0] if steps and not smoke else None)
 
 
 # ---------------------------------------------------------------------------------------------------------- rows

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import ast
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from protojax import __version__
 from protojax.configs_path import load, split_arguments
 from protojax.errors import guarded
+from protojax.overrides import with_schedules
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +50,7 @@ def _parse(arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
     try:
         if file is not None:
             config = load(file)
-            argv = _with_schedules(config, argv)
+            argv = with_schedules(config, argv)
             config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         return values, values(argv)[1:]
     except (flags.Error, AttributeError, KeyError) as error:
@@ -62,44 +59,6 @@ def _parse(arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
             reason = reason.args[0]
         text = f"the configuration has no key {reason.args[0]}" if isinstance(reason, KeyError) else str(reason)
         raise ValueError(text) from error
-
-
-def _with_schedules(config: ml_collections.ConfigDict, argv: list[str]) -> list[str]:
-    """`argv` without the --config.KEY=VALUE that put a schedule in the place of a number, or a number in that of a
-    schedule: they are put into `config` here, since a flag keeps the type of its default."""
-    kept = []
-    for argument in argv:
-        found = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument)
-        if found is None or not _replaced(config, found[1].split("."), found[2]):
-            kept.append(argument)
-    return kept
-
-
-def _replaced(config: ml_collections.ConfigDict, path: list[str], text: str) -> bool:
-    """Whether this was such a value; what is no literal, or has no place, is left for absl to complain about."""
-    at: Any = config
-    for part in path[:-1]:
-        at = at.get(part) if isinstance(at, ml_collections.ConfigDict) else None
-    if not isinstance(at, ml_collections.ConfigDict) or path[-1] not in at:
-        return False
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return False
-    if {_kind(at[path[-1]]), _kind(value)} != {"schedule", "number"}:
-        return False
-    with at.unlocked():
-        del at[path[-1]]
-        at[path[-1]] = value
-    return True
-
-
-def _kind(value: object) -> str:
-    from protojax.schedules import SHAPES
-
-    if isinstance(value, tuple) and value and value[0] in SHAPES:
-        return "schedule"
-    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else ""
 
 
 if __name__ == "__main__":

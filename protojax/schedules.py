@@ -52,7 +52,7 @@ def make_schedule(spec: ScheduleSpec, total_steps: float = 1.0, what: str = "sch
     Raises ValueError for an unknown shape or field (with a suggestion), a missing value, a fraction outside [0, 1],
     a non-positive end of an exponential, unordered points; TypeError for anything but numbers.
     """
-    if not _is_number(total_steps) or total_steps <= 0:
+    if not is_number(total_steps) or total_steps <= 0:
         raise ValueError(f"{what}: total_steps must be a positive number, got {total_steps!r}.")
     shape = _shape(spec, what)
 
@@ -66,16 +66,17 @@ def make_schedule(spec: ScheduleSpec, total_steps: float = 1.0, what: str = "sch
 
 def is_constant(spec: ScheduleSpec) -> bool:
     """Whether a schedule needs no length of run."""
-    return _is_number(spec) or (isinstance(spec, Sequence) and len(spec) == 2 and spec[0] == "constant")
+    return is_number(spec) or (isinstance(spec, Sequence) and len(spec) == 2 and spec[0] == "constant")
 
 
 # -------------------------------------------------------------------------------------------------- parsing
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether the value is a real number; True and False are none."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _number(value: Any, what: str) -> float:
-    if not _is_number(value):
+    if not is_number(value):
         raise TypeError(f"{what}: expected a number, got {type(value).__name__} {value!r}.")
     if not math.isfinite(value):
         raise ValueError(f"{what}: expected a finite number, got {value!r}.")
@@ -83,7 +84,7 @@ def _number(value: Any, what: str) -> float:
 
 
 def _shape(spec: ScheduleSpec, what: str) -> Schedule:
-    if _is_number(spec):
+    if is_number(spec):
         return _constant(_number(spec, what))
     if isinstance(spec, Mapping):
         return _from_mapping(spec, what)

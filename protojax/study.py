@@ -22,7 +22,7 @@ from typing import Any
 
 import ml_collections
 
-from protojax import configs_path, measuring
+from protojax import configs_path, measuring, overrides
 from protojax.config import Config, freeze, suggest
 from protojax.measuring import Measure
 
@@ -96,17 +96,12 @@ def load(name: str, smoke: bool = False) -> Study:
 def config_of(trial: Trial, seed: int) -> Config:
     """The trial's configuration with its changes and the seed. Raises ValueError for a key that does not exist."""
     cfg = configs_path.load(trial.config)
-    cfg.unlock()
     for key, value in {**trial.changes, "seed": seed}.items():
-        *path, last = key.split(".")
-        at: Any = cfg
-        for part in path:
-            at = at.get(part) if isinstance(at, ml_collections.ConfigDict) else None
-        if not isinstance(at, ml_collections.ConfigDict) or last not in at:
-            known = [] if not isinstance(at, ml_collections.ConfigDict) else list(at)
+        at, last = overrides.find(cfg, key)
+        if not overrides.holds(at, last):
+            known = [*at] if isinstance(at, ml_collections.ConfigDict) else []
             raise ValueError(f"trial {trial.label!r}: the configuration has no key {key!r}{suggest(last, known)}.")
-        del at[last]  # a schedule may take the place of a number
-        at[last] = value
+        overrides.put(at, last, value)
     return freeze(cfg)
 
 

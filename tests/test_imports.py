@@ -39,6 +39,7 @@ LAYERS = (
         "overhead",
         "evidence",
         "configs_path",
+        "overrides",
         "errors",
     },
     {"cli", "commands", "main", "__main__", "__init__"},

@@ -233,6 +233,8 @@ def test_a_study_can_be_asked_for_with_another_number_of_steps():
     assert ours[0] == dataclasses.replace(ours[1], method=dataclasses.replace(ours[1].method, steps=700))
     assert study.config_of(short.at_batch("t", "decoupled", 32), 0).method.steps == 1400
     assert {study.config_of(t, 0).method.steps for t in study.load("ablation:grocery,350").trials} == {350}
+    smokes = study.load("batch_size:grocery,350", smoke=True).trials, study.load("batch_size", smoke=True).trials
+    assert [study.config_of(t, 0) for t in smokes[0]] == [study.config_of(t, 0) for t in smokes[1]]
 
 
 @pytest.mark.parametrize(
