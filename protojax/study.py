@@ -7,14 +7,9 @@ each run in a process of its own; `study_page.write` turns the summaries into Ma
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
 import inspect
 import json
-import multiprocessing
-import multiprocessing.util
-import os
-import queue
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +18,7 @@ from typing import Any
 import ml_collections
 
 from protojax import configs_path, measuring, overrides
+from protojax import jobs as jobs_lib
 from protojax.config import Config, freeze, suggest
 from protojax.measuring import Measure
 
@@ -141,16 +137,15 @@ def run(
     data: Path | None = None,
     records: Path | None = None,
     say: Callable[[str], None] = print,
-) -> None:
+) -> bool:
     """Train and measure what is missing of the trials (`only` these labels), `jobs` processes at a time; 0: here.
 
-    Several processes divide the cores among them (`core_shares`): small networks keep one core busy but not two, and
-    processes that compete for all of them lose more than they gain.
-
     A finished run stays as it is, one that was stopped is resumed, a failed one is named at the end and does not stop
-    the others. data: the folder that a relative `data.root` is in. records: what stands there (`recorded`) is not
-    trained again. Raises ValueError for an unknown label, data that are not there and a finished run of another
-    configuration, RuntimeError when runs failed.
+    the others. SIGTERM and Ctrl-C let what trains save its state, and nothing more is begun (`jobs.each`). data: the
+    folder that a relative `data.root` is in. records: what stands there (`recorded`) is not trained again.
+
+    Returns whether all are there: False after a signal. Raises ValueError for an unknown label, data that are not there
+    and a finished run of another configuration, RuntimeError when runs failed.
     """
     labels = [t.label for t in study.trials]
     for label in only:
@@ -164,63 +159,23 @@ def run(
     todo = [(t, s) for t, s in missing if s not in kept.get(t.label, {})]
     done, known = len(wanted) - len(todo), len(missing) - len(todo)
     say(f"{study.name}: {len(wanted)} runs, {done} finished ({known} on record), {len(todo)} to go")
-    failed = []
-    with _pool(jobs) as pool:
-        futures = {pool.submit(_train, t, s, workdir(root, t, s), study.measures, data): (t, s) for t, s in todo}
-        for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            trial, seed = futures[future]
-            error = future.exception()
-            if error is not None:
-                failed.append(f"{trial.label}, seed {seed}: {type(error).__name__}: {error}")
-            say(f"[{count}/{len(todo)}] {trial.label}, seed {seed}: {'failed' if error else 'done'}")
+    failed, left = [], len(todo)
+    tasks = [(t, s, workdir(root, t, s), study.measures, data) for t, s in todo]
+    for number, error in jobs_lib.each(_train, tasks, jobs):
+        trial, seed = todo[number]
+        stopped = isinstance(error, jobs_lib.Stopped)
+        left -= not stopped
+        if error is not None and not stopped:
+            failed.append(f"{trial.label}, seed {seed}: {type(error).__name__}: {error}")
+        how = "stopped" if stopped else "failed" if error else "done"
+        say(f"[{len(todo) - left}/{len(todo)}] {trial.label}, seed {seed}: {how}")
+    if left:
+        say(f"{study.name}: stopped with {left} of {len(todo)} runs to go; the same command goes on")
     if failed:
         raise RuntimeError(
             f"{len(failed)} of {len(todo)} runs failed; the same command runs them again:\n" + "\n".join(failed)
         )
-
-
-class _Here(concurrent.futures.Executor):
-    """Runs in this process, one after another: signals reach the main thread alone."""
-
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> concurrent.futures.Future:
-        future: concurrent.futures.Future = concurrent.futures.Future()
-        try:
-            future.set_result(function(*arguments, **options))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
-def core_shares(cores: Sequence[int], jobs: int) -> list[set[int]]:
-    """`jobs` disjoint sets of equal size that `cores` are cut into; none where there are not enough, or one job."""
-    size = len(cores) // jobs
-    return [] if jobs < 2 or not size else [{*cores[i * size : (i + 1) * size]} for i in range(jobs)]
-
-
-def _pool(jobs: int) -> concurrent.futures.Executor:
-    if jobs == 0:
-        return _Here()
-    context = multiprocessing.get_context("spawn")
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
-    shares = core_shares(sorted(affinity(0)), jobs) if affinity else []
-    own: dict[str, Any] = {}
-    if shares:
-        free = context.Queue()
-        for share in shares:
-            free.put(share)
-        own = {"initializer": _use_cores, "initargs": (free,)}
-    return concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1, **own)
-
-
-def _use_cores(free: Any) -> None:
-    """Keep this process to a share of the cores while it lives. Before JAX starts: it counts the cores once."""
-    try:
-        # A process that died without giving back its share leaves a later one without: that one may use all.
-        share = free.get(timeout=1.0)
-    except queue.Empty:
-        return
-    os.sched_setaffinity(0, share)
-    multiprocessing.util.Finalize(None, free.put, args=(share,), exitpriority=10)
+    return left == 0
 
 
 def _finished(study: Study, where: Path) -> bool:
@@ -251,4 +206,6 @@ def _train(trial: Trial, seed: int, where: Path, measures: tuple[Measure, ...], 
         config = measuring.placed(config_of(trial, seed), data)
         with (where / "log.txt").open("a") as log:
             running.train_config(config, where, say=lambda text: print(text, file=log, flush=True))
+    if not (where / "summary.json").exists():
+        raise jobs_lib.Stopped("a signal stopped the run")  # its measures would be those of half a run
     measuring.take(where, measures, data)

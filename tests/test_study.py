@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from protojax import cli, configs_path, evidence, measuring, parallel, study, study_page, summary
+from protojax import cli, configs_path, evidence, jobs, measuring, parallel, running, study, study_page, summary
 from protojax.config import Config
 from protojax.measuring import Evaluated
 from protojax.study import Row, Study, Trial
@@ -237,29 +236,51 @@ def test_a_study_can_be_asked_for_with_another_number_of_steps():
     assert [study.config_of(t, 0) for t in smokes[0]] == [study.config_of(t, 0) for t in smokes[1]]
 
 
-@pytest.mark.parametrize(
-    ("cores", "jobs", "shares"),
-    [
-        ([0, 1], 2, [{0}, {1}]),
-        ([2, 3, 5, 7, 8], 2, [{2, 3}, {5, 7}]),
-        ([0, 1], 1, []),  # one process has them all
-        ([0, 1], 3, []),  # nothing to divide
-    ],
-)
-def test_cores_are_divided_among_jobs(cores, jobs, shares):
-    assert study.core_shares(cores, jobs) == shares
+def ends_after(finishing: int, monkeypatch, error: Exception | None = None) -> None:
+    """Runs that end at once; those after the first `finishing` leave no summary (a signal stopped them) or fail."""
+    begun = []
+
+    def train(config, where, say):
+        begun.append(where)
+        if len(begun) > finishing:
+            if error is not None:
+                raise error
+            return
+        numbers = {"fine": {"20": 0.3}}
+        record = {"knn": numbers, "controls": {"untrained_knn": numbers}, "device": "cpu x 1", "versions": VERSIONS}
+        (where / "config.json").write_text(json.dumps(summary.dumps_config(config)))
+        (where / "summary.json").write_text(json.dumps(record))
+
+    monkeypatch.setattr(running, "train_config", train)
+    each = jobs.each
+    monkeypatch.setattr(jobs, "each", lambda function, tasks, count: each(function, tasks, 0))
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system cannot keep a process to some cores")
-def test_every_job_has_its_own_cores_and_gives_them_back(monkeypatch):
-    mine = os.sched_getaffinity(0)
-    monkeypatch.setattr(study, "core_shares", lambda cores, jobs: [{min(mine)}])
-    with study._pool(1) as pool:  # each task in a process of its own: the second gets what the first gave back
-        seen = [pool.submit(os.sched_getaffinity, 0).result() for _ in range(2)]
-    assert seen == [{min(mine)}] * 2
-    monkeypatch.setattr(study, "core_shares", lambda cores, jobs: [])
-    with study._pool(1) as pool:
-        assert pool.submit(os.sched_getaffinity, 0).result() == mine
+def test_a_run_that_a_signal_stopped_is_not_measured_and_ends_the_study(planned, tmp_path, monkeypatch):
+    """Else its measures, taken of half a run, would be found beside the summary of the whole one."""
+    ends_after(1, monkeypatch)
+    taken = []
+    monkeypatch.setattr(measuring, "take", lambda where, *_: taken.append(where))
+    said: list[str] = []
+    assert not study.run(planned, tmp_path, jobs=0, say=said.append)
+    assert taken == [study.workdir(tmp_path, planned.trials[0], 0)]
+    assert said[1:] == [
+        "[1/6] ours, seed 0: done",
+        "[1/6] theirs, seed 0: stopped",
+        "planned: stopped with 5 of 6 runs to go; the same command goes on",
+    ]
+
+
+@pytest.mark.parametrize(("finishing", "error"), [(0, None), (2, None), (2, OSError("no space left"))])
+def test_the_page_is_written_also_when_a_run_stopped_or_failed(tmp_path, monkeypatch, capsys, finishing, error):
+    ends_after(finishing, monkeypatch, error)
+    page = tmp_path / "page.md"
+    status = cli.main(["study", "quickstart", "--workdir", str(tmp_path / "runs"), "--out", str(page)])
+    printed = capsys.readouterr()
+    assert status == (0 if error is None else 2)
+    assert ("no space left" in printed.err) == (error is not None)
+    assert page.exists() == (finishing > 0)
+    assert not page.exists() or "Not run: " in page.read_text()
 
 
 def test_unknown_names(planned, tmp_path, capsys):

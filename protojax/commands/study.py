@@ -30,11 +30,16 @@ def run(options: argparse.Namespace) -> int:
     study = study_lib.load(options.study, options.smoke)
     root = options.workdir or Path("runs/studies") / ((study.runs or study.name) + ("-smoke" if options.smoke else ""))
     out = options.out or root / f"{study.name}.md"
-    if not options.tables:
-        only = tuple(label.strip() for label in options.only.split(",") if label.strip())
-        study_lib.run(study, root, only=only, jobs=options.jobs, data=options.data, records=out.with_suffix(".jsonl"))
     command = f"protojax study {options.study}" + (" --smoke" if options.smoke else "")
     command += "" if options.data is None else " --data=DIR"
-    for path in study_page.write(study, root, out, command):
-        print(path)
+    records, ended = out.with_suffix(".jsonl"), True
+    try:
+        if not options.tables:
+            only = tuple(label.strip() for label in options.only.split(",") if label.strip())
+            ended = False
+            ended = study_lib.run(study, root, only=only, jobs=options.jobs, data=options.data, records=records)
+    finally:  # also when a run failed: what the others found is on the page
+        if ended or study_page.results(study, root, records):
+            for path in study_page.write(study, root, out, command):
+                print(path)
     return 0
