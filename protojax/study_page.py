@@ -96,10 +96,21 @@ def markdown(study: Study, found: Mapping[str, Mapping[int, Mapping[str, Any]]],
         ours = found[study.reference]
         cells = [[_gap(row, ours, found[n]) for n in others] for row in compared]
         out += _table("", [r.title for r in compared], others, cells, study.tall)
-    missing = [f"{t.label}-{s}" for t in study.trials for s in study.seeds if s not in found.get(t.label, {})]
-    if missing:
-        out += ["", f"Not run: {', '.join(missing)}."]
+    missing = {t.label: [s for s in study.seeds if s not in found.get(t.label, {})] for t in study.trials}
+    if any(missing.values()):
+        out += ["", f"Not run: {_missing(missing, len(study.seeds))}."]
     return "\n".join(out)
+
+
+def _missing(missing: Mapping[str, Sequence[int]], seeds: int) -> str:
+    """'joint seed 2; no seed of paper, frozen' for {'joint': [2], 'paper': [0, 1, 2], 'frozen': [0, 1, 2]}."""
+    some = [
+        f"{label} seed{'s' * (len(left) > 1)} {', '.join(map(str, left))}"
+        for label, left in missing.items()
+        if 0 < len(left) < seeds
+    ]
+    whole = [label for label, left in missing.items() if len(left) == seeds]
+    return "; ".join(filter(None, ["; ".join(some), f"no seed of {', '.join(whole)}" if whole else ""]))
 
 
 def _gap(row: Row, ours: Mapping[int, Any], theirs: Mapping[int, Any]) -> str:

@@ -70,7 +70,7 @@ def test_what_is_missing_is_named_and_one_seed_has_no_spread(planned, tmp_path):
     plant(tmp_path, planned, {"ours": [0.3]})
     text = study_page.markdown(planned, study_page.results(planned, tmp_path), "x")
     assert "| k-NN, % | 30.0 |" in text
-    assert "Not run: ours-1, ours-2, theirs-0, theirs-1, theirs-2." in text
+    assert "Not run: ours seeds 1, 2; no seed of theirs." in text
     with pytest.raises(ValueError, match="no run of study 'planned' is finished or on record"):
         study_page.markdown(planned, {}, "x")
 
