@@ -202,7 +202,8 @@ def speed_row(bench: Bench, seed: int) -> None:
     """The price of six prefixes: step time of mode 'mean' with P = 6 over that with the full width alone, in turns."""
     import jax
 
-    from protojax import parallel, train
+    from protojax import parallel
+    from protojax import session as session_lib
     from protojax.config import freeze
     from protojax.experiment import build
     from protojax.step import empty_accumulator
@@ -217,9 +218,9 @@ def speed_row(bench: Bench, seed: int) -> None:
                 c.data.source.size, c.data.source.test_size = 256, 32
         config = freeze(c)
         recipe = build(config)
-        session = train.make_session(recipe, train.Options(Path("."), config.run, config.system, 1.0, {}))
+        session = session_lib.make_session(recipe, session_lib.Options(Path("."), config.run, config.system, 1.0, {}))
         batch = parallel.to_device(session.mesh, recipe.sources["train"].batch(0))
-        state = train.initial_state(session)
+        state = session_lib.initial_state(session)
         zeros = jax.jit(lambda s=session: empty_accumulator(s.numbers))()
         calls.append([session.one, state, zeros, session.constants])
     times: list[list[float]] = [[], []]

@@ -35,6 +35,7 @@ import ml_collections
 
 from benchmarks import full_length
 from protojax import configs_path, experiment, failures, parallel, running, summary, train
+from protojax import session as session_lib
 from protojax import step as step_lib
 from protojax.api import Recipe, TrainState
 from protojax.checkpoint import Checkpoints
@@ -57,8 +58,8 @@ HEALTHY: dict[str, Callable[[], ml_collections.ConfigDict]] = {
 class Programs:
     """The compiled functions of one configuration, with the seed as their first argument."""
 
-    def __init__(self, recipe: Recipe, options: train.Options):
-        base = train.make_session(recipe, options)
+    def __init__(self, recipe: Recipe, options: session_lib.Options):
+        base = session_lib.make_session(recipe, options)
         self.base, same, calls = base, parallel.replicated(base.mesh), options.run.steps_per_call
         rows, stacked = parallel.batch_sharding(base.mesh), parallel.batch_sharding(base.mesh, 1)
         join, carried = step_lib.join, (base.shardings, same)
@@ -88,7 +89,7 @@ class Programs:
         self._one, self._many = jitted(one, rows), jitted(many, stacked)
         self._terms = jax.jit(lambda seed, s, b, c: step_lib.term_gradients(of(seed), s, join(b, c)))
 
-    def session(self, recipe: Recipe, options: train.Options) -> train.Session:
+    def session(self, recipe: Recipe, options: session_lib.Options) -> session_lib.Session:
         """A session of the loop for one seed, whose functions are those that are compiled already."""
         seed, base = jnp.int32(recipe.seed), self.base
         return base._replace(
@@ -100,13 +101,13 @@ class Programs:
             terms=None if base.terms is None else lambda s, b, c: self._terms(seed, s, b, c),
         )
 
-    def initial_state(self, session: train.Session) -> TrainState:
-        """As `train.initial_state`."""
+    def initial_state(self, session: session_lib.Session) -> TrainState:
+        """As `session_lib.initial_state`."""
         recipe, source = session.recipe, session.recipe.sources["train"]
         seed = jnp.int32(recipe.seed)
         state = self._init(seed, parallel.to_device(session.mesh, source.batch(0)), session.constants)
         needed = 0 if recipe.estimator is None else recipe.estimator.start_rows
-        passes = train.WARM_UP_PASSES if jax.tree.leaves(session.shapes.stats) else 0
+        passes = session_lib.WARM_UP_PASSES if jax.tree.leaves(session.shapes.stats) else 0
         collected: list[dict[str, jax.Array]] = []
         i = 0
         while i < passes or sum(len(r["mask"]) for r in collected) < needed:
@@ -120,7 +121,7 @@ class Programs:
         return self._start(seed, state, rows)
 
 
-def train_seed(programs: Programs, recipe: Recipe, options: train.Options) -> None:
+def train_seed(programs: Programs, recipe: Recipe, options: session_lib.Options) -> None:
     """What `train.run` does, with these programs; records, diagnoses and checkpoints go to options.workdir."""
     session = programs.session(recipe, options)
     checkpoints = Checkpoints(options.workdir / "checkpoints", options.run.keep)
@@ -139,11 +140,11 @@ def train_seed(programs: Programs, recipe: Recipe, options: train.Options) -> No
         writer.close()
 
 
-def options_of(config: Config, workdir: Path) -> train.Options:
+def options_of(config: Config, workdir: Path) -> session_lib.Options:
     """The loop's options for a run in `workdir`, silent."""
     say: Callable[[str], None] = lambda text: None  # noqa: E731
     fingerprint = running.fingerprint(config)
-    return train.Options(workdir, config.run, config.system, config.evals.every, fingerprint, say=say)
+    return session_lib.Options(workdir, config.run, config.system, config.evals.every, fingerprint, say=say)
 
 
 def quiet(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

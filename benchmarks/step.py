@@ -20,7 +20,8 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.torch_nets import make_network, torch_step
-from protojax import configs_path, experiment, flops, parallel, train
+from protojax import configs_path, experiment, flops, parallel
+from protojax import session as session_lib
 from protojax import step as step_lib
 from protojax.config import component, freeze
 from protojax.estimators.balanced import MEMORY, turnover
@@ -71,9 +72,9 @@ class Stepper:
     def __init__(self, arm: str, size: dict[str, Any], every: int | None = None, steps: int = 1):
         made, self.steps = config(arm, size, every), steps
         self.recipe = experiment.build(made)
-        options = train.Options(configs_path.find("inat").parent, made.run, made.system, 1.0, fingerprint(made))
-        self.session = train.make_session(self.recipe, options)
-        self.state = train.initial_state(self.session)
+        options = session_lib.Options(configs_path.find("inat").parent, made.run, made.system, 1.0, fingerprint(made))
+        self.session = session_lib.make_session(self.recipe, options)
+        self.state = session_lib.initial_state(self.session)
         self.empty = jax.jit(lambda: step_lib.empty_accumulator(self.session.numbers))
         self.accumulator = self.empty()
         self.batches = [parallel.to_device(self.session.mesh, self.recipe.sources["train"].batch(i)) for i in range(2)]

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from protojax import experiment, metrics, parallel, probing, train
+from protojax import experiment, metrics, parallel, probing
+from protojax import session as session_lib
 from protojax import step as step_lib
 from protojax.api import Recipe, TrainState
 from protojax.checkpoint import BEST, NEWEST, Checkpoints
@@ -68,11 +69,11 @@ def read_config(workdir: Path | str) -> Config:
     return freeze(plain)
 
 
-def restore(workdir: Path | str, step: int | str | None = None) -> tuple[Config, train.Session, TrainState]:
+def restore(workdir: Path | str, step: int | str | None = None) -> tuple[Config, session_lib.Session, TrainState]:
     """Config, session and state of a checkpoint of a run (default: the newest; 'best'), on this machine's mesh."""
     config = read_config(workdir)
-    options = train.Options(Path(workdir), config.run, config.system, config.evals.every, {})
-    session = train.make_session(experiment.build(config), options)
+    options = session_lib.Options(Path(workdir), config.run, config.system, config.evals.every, {})
+    session = session_lib.make_session(experiment.build(config), options)
     return config, session, _read(workdir, config, step, session.shapes, session.shardings)
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from protojax import parallel, running, train
+from protojax import parallel, running
+from protojax import session as session_lib
 from protojax import step as step_lib
 from protojax.api import PyTree, Recipe, TrainState
 from protojax.config import Config
@@ -36,11 +37,11 @@ def measure(config: Config, rounds: int = 5) -> dict[str, Any]:
     recipe = running.build(config)
     if recipe.estimator is None:
         raise ValueError(f"overhead: workload {config.method.workload!r} has no estimator whose cost could be told.")
-    options = train.Options(Path("."), config.run, config.system, config.evals.every, {}, say=lambda text: None)
-    session = train.make_session(recipe, options)
-    state = train.initial_state(session)
+    options = session_lib.Options(Path("."), config.run, config.system, config.evals.every, {}, say=lambda text: None)
+    session = session_lib.make_session(recipe, options)
+    state = session_lib.initial_state(session)
     copy = jax.tree.map(jnp.copy, state)
-    whole, without = _Timed(session, state), _Timed(train.make_session(_without(recipe), options), copy)
+    whole, without = _Timed(session, state), _Timed(session_lib.make_session(_without(recipe), options), copy)
     turns = {"whole": whole, "without": without, "again": whole}
     for turn in turns.values():
         turn.block()  # compiles, and fills caches
@@ -74,7 +75,7 @@ def _without(recipe: Recipe) -> Recipe:
 class _Timed:
     """A compiled step with a state of its own (the step donates it) and one batch."""
 
-    def __init__(self, session: train.Session, state: TrainState):
+    def __init__(self, session: session_lib.Session, state: TrainState):
         self.state = state
         batch = parallel.to_device(session.mesh, session.recipe.sources["train"].batch(0))
         empty: Callable[[], PyTree] = jax.jit(lambda: step_lib.empty_accumulator(session.numbers))

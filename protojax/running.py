@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from protojax import __version__, checkpoint, distributed, experiment, metrics, mirror, parallel, summary, train
+from protojax import session as session_lib
 from protojax import step as step_lib
 from protojax.api import Recipe, SourceSpec
 from protojax.config import Config, to_plain
@@ -85,7 +86,7 @@ def train_config(config: Config, workdir: Path, say: Any = print) -> dict[str, A
 def _train(config: Config, recipe: Recipe, workdir: Path, say: Any, written: Any) -> dict[str, Any]:
     workload = experiment.workload(config.method.workload)
     known = (config.run, config.system, config.evals.every, fingerprint(config))
-    options = train.Options(workdir, *known, wandb=_wandb(config, workdir), say=say, written=written)
+    options = session_lib.Options(workdir, *known, wandb=_wandb(config, workdir), say=say, written=written)
     # Not over that of a run which has begun: this configuration may be another one, and is then refused.
     if not checkpoint.steps_below(workdir / checkpoint.NEWEST) and jax.process_index() == 0:
         metrics.write_json(workdir / "config.json", summary.dumps_config(config))
@@ -114,8 +115,8 @@ def run_train(config: Config, workdir: Path) -> int:
 def describe(config: Config) -> str:
     """What a dry run prints: the resolved configuration, shapes, parameter counts and memory."""
     recipe = build(config)
-    options = train.Options(Path("."), config.run, config.system, config.evals.every, {})
-    session = train.make_session(recipe, options)
+    options = session_lib.Options(Path("."), config.run, config.system, config.evals.every, {})
+    session = session_lib.make_session(recipe, options)
     spec = recipe.sources["train"].spec
     out = [json.dumps(to_plain(config), indent=1), "", f"devices: {summary.device()}, mesh {dict(session.mesh.shape)}"]
     things = summary.unit(config.method.workload)
@@ -139,7 +140,7 @@ def describe(config: Config) -> str:
     return "\n".join(out)
 
 
-def _memory(session: train.Session) -> str:
+def _memory(session: session_lib.Session) -> str:
     """The compiled step's own account of memory, a device."""
     example = session.recipe.sources["train"].batch(0)
     accumulator = jax.eval_shape(lambda: step_lib.empty_accumulator(session.numbers))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from protojax import running, train
+from protojax import session as session_lib
 from protojax.api import Encoder, Evaluation, Recipe
 from protojax.checkpoint import check_writable
 from protojax.errors import guarded
@@ -90,7 +91,7 @@ def main(arguments: list[str]) -> int:
     def body() -> int:
         check_writable(workdir)
         recipe = _slow(linear(running.build(config)), pause)
-        options = train.Options(
+        options = session_lib.Options(
             workdir, config.run, config.system, config.evals.every, running.fingerprint(config),
             say=lambda text: print(text, flush=True),
         )  # fmt: skip

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from protojax import alignment_arms, experiment, running, train
+from protojax import session as session_lib
 from protojax import step as step_lib
 from protojax.api import FeatureBank, Probe
 from protojax.commands.search import search
@@ -371,7 +372,7 @@ def test_a_run_that_broke_off_and_was_resumed_has_the_same_losses(tmp_path: Path
         return batch(step)
 
     sources = {**recipe.sources, "train": recipe.sources["train"]._replace(batch=failing)}
-    options = train.Options(tmp_path / "broken", config.run, dataclasses.replace(config.system, prefetch=0),
+    options = session_lib.Options(tmp_path / "broken", config.run, dataclasses.replace(config.system, prefetch=0),
                             config.evals.every, running.fingerprint(config), say=lambda text: None)  # fmt: skip
     with pytest.raises(OSError, match="disk gone"):
         train.run(recipe._replace(sources=sources), options)

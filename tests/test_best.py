@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from protojax import evaluating, experiment, loading, metrics, protocol, summary, train
+from protojax import session as session_lib
 from protojax import step as step_lib
 from protojax.api import Evaluation
 from protojax.checkpoint import CheckpointError, Checkpoints
@@ -43,7 +44,7 @@ def w(state: Any) -> float:
 
 
 def restored(workdir: Path, folder: str, step: int) -> Any:
-    session = train.make_session(recipe(total_steps=8), options(workdir))
+    session = session_lib.make_session(recipe(total_steps=8), options(workdir))
     found = Checkpoints(workdir / folder, read_only=True)
     try:
         return found.restore(step, session.shapes, session.shardings)

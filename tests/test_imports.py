@@ -14,7 +14,7 @@ LAYERS = (
     {"estimators", "objectives", "models", "data", "evals"},
     {"online_mixture", "online_mixture_blocks", "online_mixture_checks"},
     {"parallel", "parallel_engine", "optim", "metrics", "prefetch", "checkpoint", "mirror", "distributed", "peers"}
-    | {"accumulation", "flops", "gauges", "step", "probing", "train"},
+    | {"accumulation", "flops", "gauges", "step", "probing", "session", "train"},
     {
         "experiment",
         "failures",
@@ -33,6 +33,7 @@ LAYERS = (
         "predicting",
         "audit",
         "running",
+        "jobs",
         "study",
         "study_page",
         "measuring",

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protojax import experiment, loading, train
+from protojax import experiment, loading
+from protojax import session as session_lib
 from protojax import step as step_lib
 from protojax.checkpoint import Checkpoints
 from protojax.cli import main
@@ -81,7 +82,7 @@ def literals(text: str, array: np.ndarray) -> list[str]:
 def test_the_tower_is_an_argument_of_the_step_and_in_no_state(weights, photos, tmp_path):
     c = config(weights, photos, views="crops")
     recipe = experiment.build(c)
-    session = train.make_session(recipe, train.Options(tmp_path, c.run, c.system, 1.0, {}))
+    session = session_lib.make_session(recipe, session_lib.Options(tmp_path, c.run, c.system, 1.0, {}))
     accumulator = step_lib.empty_accumulator(session.numbers)
     lowered = session.one.lower(session.shapes, accumulator, recipe.sources["train"].batch(0), session.constants)
     kernel = max(jax.tree.leaves(recipe.constants["tower"]), key=lambda leaf: leaf.size)

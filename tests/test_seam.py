@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from protojax import metrics, train
+from protojax import session as session_lib
 from protojax import step as step_lib
 from protojax.api import Encoder, Estimator, EstimatorSpec, Evaluation, Objective, Recipe, Source, SourceSpec, Stopping
 from protojax.checkpoint import Checkpoints
@@ -87,13 +88,13 @@ def evaluate(probe, key):
     return {"size": {"text": float(np.abs(bank.extra["text"]).mean()), "w": float(probe.head()["objective"]["w"][0])}}
 
 
-def options(path, **changes) -> train.Options:
+def options(path, **changes) -> session_lib.Options:
     run = Run(**{"log_every": 2, "progress": False, "tensorboard": False, "checkpoint_every": 1.0, **changes})
-    return train.Options(path, run, System(), 0.5, {}, say=lambda text: None)
+    return session_lib.Options(path, run, System(), 0.5, {}, say=lambda text: None)
 
 
 def test_constants_are_an_argument_of_the_step_and_in_no_checkpoint(tmp_path):
-    session = train.make_session(recipe(), options(tmp_path))
+    session = session_lib.make_session(recipe(), options(tmp_path))
     accumulator = step_lib.empty_accumulator(session.numbers)
     batch = session.recipe.sources["train"].batch(0)
     lowered = session.one.lower(session.shapes, accumulator, batch, session.constants)

@@ -18,6 +18,7 @@ import optax
 import pytest
 
 from protojax import experiment, metrics, parallel, train
+from protojax import session as session_lib
 from protojax import step as step_lib
 from protojax.checkpoint import CheckpointError
 from protojax.metrics import NotFiniteError
@@ -46,8 +47,8 @@ def run(config, workdir, **changes):
 def started():
     """(session, state at step 0, first batch on the device)."""
     config = toy_config()
-    session = train.make_session(experiment.build(config), toy_options(config, Path(".")))
-    state = train.initial_state(session)
+    session = session_lib.make_session(experiment.build(config), toy_options(config, Path(".")))
+    state = session_lib.initial_state(session)
     return session, state, parallel.to_device(session.mesh, session.recipe.sources["train"].batch(0))
 
 
@@ -248,8 +249,8 @@ def steps_on_mesh(recipe, state, data, proto, steps=5):
 @pytest.mark.parametrize("arm", ["decoupled", pytest.param("joint", marks=pytest.mark.slow)])
 def test_every_mesh_gives_the_same_gradients_statistics_and_losses(arm):
     config = toy_config(arm)
-    session = train.make_session(experiment.build(config), toy_options(config, Path(".")))
-    state = parallel.to_host(train.initial_state(session))
+    session = session_lib.make_session(experiment.build(config), toy_options(config, Path(".")))
+    state = parallel.to_host(session_lib.initial_state(session))
     gradient, estimator, losses = steps_on_mesh(session.recipe, state, 1, 1)
     scale = max(np.abs(g).max() for g in gradient.values())
     assert scale > 0

@@ -8,7 +8,8 @@ from typing import Any
 
 import ml_collections
 
-from protojax import configs_path, experiment, train
+from protojax import configs_path, experiment
+from protojax import session as session_lib
 from protojax.api import Recipe
 from protojax.config import Config, freeze
 
@@ -41,10 +42,10 @@ def toy_config(arm: str = "decoupled", **changes: Any) -> Config:
     return freeze(c)
 
 
-def toy_options(config: Config, workdir: pathlib.Path, **changes: Any) -> train.Options:
+def toy_options(config: Config, workdir: pathlib.Path, **changes: Any) -> session_lib.Options:
     from protojax.running import fingerprint
 
-    options = train.Options(
+    options = session_lib.Options(
         workdir, config.run, config.system, config.evals.every, fingerprint(config), say=lambda text: None
     )
     return options._replace(**changes)

@@ -26,8 +26,9 @@ def get_study(smoke: bool = False, argument: str = "grocery") -> Study:
     best = "measured/attainable/attainable/kmeans/live_unique"
     return Study(
         name=f"diversity_{argument.replace(',', '_')}",
-        question=f"{of.about}. Last checkpoint, seeds {', '.join(map(str, of.seeds))}. Live: nearest to more than 1 / (10 K) of all "
-        "training images. k-means: as many centres on the same features, what these let a codebook tell apart.",
+        question=f"{of.about}. Last checkpoint, seeds {', '.join(map(str, of.seeds))}. Live: nearest to more than "
+        "1 / (10 K) of all training images. k-means: as many centres on the same features, what these let a codebook "
+        "tell apart.",
         trials=of.arms(ARMS),
         rows=(
             *evidence.ALIVE,
