@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,7 +24,7 @@ from protojax.data import longtail, sampler, views
 from protojax.data.records import Records, class_counts, subset
 from protojax.evals import table, transfer
 from protojax.evals.evaluations import parse_views
-from protojax.protocol import Protocol
+from protojax.protocol import TRAINING, Protocol
 from protojax.workloads import images as image_lib
 from protojax.workloads import prototypes as prototypes_lib
 
@@ -172,12 +172,10 @@ def evaluate(
     labels = tuple(common if protocol.labels is None else protocol.labels)
     if bank_data is not None:
         probe, labels = _transferred(probe, labels)
-    rule = cast(longtail.GroupRule, protocol.groups)
-    counted = probe.specs["bank"].counts
     setting = table.Setting(
         specs=probe.specs,
         labels=labels,
-        groups={k: longtail.groups(counted[k], rule) for k in labels if k in counted},
+        groups=_groups(opened, probe.specs["bank"], labels, protocol.groups),
         ks=protocol.k,
         temperature=protocol.temperature,
         seed=protocol.seed,
@@ -214,6 +212,22 @@ def evaluate(
         "results": results,
         "skipped": skipped,
     }
+
+
+def _groups(opened: Opened, bank: SourceSpec, labels: Sequence[str], asked: str) -> dict[str, dict[str, np.ndarray]]:
+    """label -> head, medium and tail by the images of the bank, or ('training:RULE') by those of the run's own training
+    split, of a class that it has not: none. Raises ValueError for a label that the training split has not."""
+    rule, counts = cast(longtail.GroupRule, asked.removeprefix(TRAINING)), dict(bank.counts)
+    if asked.startswith(TRAINING):
+        own = _records(opened, None, None, "bank")
+        for label in labels:
+            if label not in own.labels:
+                raise ValueError(
+                    f"protocol.groups {asked!r}: {own.name} has no labels {label!r}, only {[*own.labels]}."
+                )
+            trained = dict(zip(own.classes[label], class_counts(own)[label], strict=True))
+            counts[label] = np.array([trained.get(name, 0) for name in bank.classes[label]], np.int64)
+    return {k: longtail.groups(counts[k], rule) for k in labels if k in counts}
 
 
 def _described(spec: SourceSpec) -> dict[str, Any]:

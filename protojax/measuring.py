@@ -24,18 +24,23 @@ class Evaluated:
     """The evaluations of a protocol (`plain`: its keys, docs/evaluation.md), all in one record.
 
     data: a config FILE[:ARGUMENT] whose data group is looked at in the place of the run's own: transfer of the encoder
-    to another data set, whose training split is learned from."""
+    to another data set, whose training split is learned from. bank: another one's, whose training split is learned
+    from, while the run's own test split (or that of `data`) is scored, on the classes that both name."""
 
     name: str
     plain: Mapping[str, Any] = field(default_factory=dict)
     data: str | None = None
+    bank: str | None = None
 
     def take(self, workdir: Path, folder: Path | None) -> dict[str, Any]:
         """{'protocol': its hash, 'data': {split: size}, and the keys of the evaluations: 'knn', 'linear', ...}."""
         from protojax import evaluating, protocol
 
-        data = None if self.data is None else placed(freeze(configs_path.load(self.data)), folder).data
-        record = evaluating.evaluate(workdir, protocol.make({"name": self.name, **self.plain}), data)
+        data, bank = (
+            None if name is None else placed(freeze(configs_path.load(name)), folder).data
+            for name in (self.data, self.bank)
+        )
+        record = evaluating.evaluate(workdir, protocol.make({"name": self.name, **self.plain}), data, bank)
         numbers: dict[str, Any] = {"protocol": record["protocol"]["hash"]}
         numbers["data"] = {split: found["size"] for split, found in record["data"].items()}
         for result in record["results"].values():

@@ -15,15 +15,17 @@ import json
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from protojax.checkpoint import BEST
 from protojax.config import Component, Config, from_plain, suggest
+from protojax.data.longtail import GroupRule
 from protojax.evals import table
 from protojax.evals.knn import DEFAULT_KS
 
 VERSION = 1  # of the definitions: rises when a number changes although no option does
 LAST = "last"
+TRAINING = "training:"  # before a rule for groups
 _FILES = importlib.resources.files("protojax") / "protocols"
 
 
@@ -173,7 +175,8 @@ def _validate(protocol: Protocol) -> None:
 
     require(protocol.resize is None or protocol.resize > 0, "resize", "null or a number of pixels > 0")
     require(0.0 < protocol.crop <= 1.0, "crop", "a fraction in (0, 1]")
-    require(protocol.groups in ("inat", "terciles"), "groups", "'inat' or 'terciles'")
+    rules = [*get_args(GroupRule), *(TRAINING + rule for rule in get_args(GroupRule))]
+    require(protocol.groups in rules, "groups", f"one of {', '.join(map(repr, rules))}")
     require(bool(protocol.k) and min(protocol.k) > 0, "k", "positive numbers of neighbours")
     require(protocol.temperature > 0, "temperature", "a positive number")
     require(protocol.seed >= 0, "seed", "a number >= 0")

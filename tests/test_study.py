@@ -341,7 +341,7 @@ def test_smoke_of_a_study_of_prototypes(name, tmp_path, smoke_runs, monkeypatch)
     page = run_smoke(name, smoke_runs / (found.runs or name), tmp_path / "page.md", jobs=0)
     trials = [line for line in page.splitlines() if line.startswith(tuple(f"| {t.label} (" for t in found.trials))]
     assert len(trials) == len(found.trials)
-    empty = {"long_tail": 4}.get(name, 0)  # four classes of sixteen images: all are tail, head and medium are empty
+    empty = {"long_tail": 8}.get(name, 0)  # four classes of sixteen images: all are tail, head and medium are empty
     assert [line.count("–") for line in trials] == [empty] * len(trials), page
 
 

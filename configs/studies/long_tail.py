@@ -8,6 +8,10 @@
 
 LIST of Tiny ImageNet: lt100_if10, lt100_if50, lt100_if100, lt200_if10, lt200_if50, lt200_if100. Published on
 iNaturalist 2018: +5.7 points in the tail, decoupled against joint.
+
+Whoever learns from the long-tailed set itself hardly ever answers with a class of its tail, whatever the features are.
+So the features are also asked with *all* images of the classes to learn from ("full-shot"), head, medium and tail
+still by what the encoder was trained on: do rare classes have worse features?
 """
 
 from protojax import evidence
@@ -26,16 +30,18 @@ PRIORS = {
 OMNIGLOT = {"data.longtail.factor": 15.0}
 
 
-def _trials(argument: str, smoke: bool) -> tuple[str, str, str, tuple[Trial, ...]]:
-    """(folder of runs, about the data, rule for the groups, trials)."""
+def _trials(argument: str, smoke: bool) -> tuple[str, str, str, tuple[Trial, ...], str | None]:
+    """(folder of runs, about the data, rule for the groups, trials, config of the data before they were cut)."""
     name = argument.split(",")[0]
     if name not in LISTS:
         of = evidence.asked(argument, smoke)
-        changes = OMNIGLOT if of.data == "omniglot" else {}
+        cut = of.data == "omniglot"
+        changes = OMNIGLOT if cut else {}
         trials = [of.trial(arm, arm, changes) for arm in ARMS]
         trials += [of.trial(label, changes={**changes, **prior}) for label, prior in PRIORS.items()]
-        tailed = "; made long-tailed, imbalance 15" if changes else ""
-        return of.runs + ("_lt" if changes else ""), of.about + tailed, "terciles", tuple(trials)
+        tailed = "; made long-tailed, imbalance 15" if cut else ""
+        whole = of.trial("").config if cut else None
+        return of.runs + ("_lt" if cut else ""), of.about + tailed, "terciles", tuple(trials), whole
     network = "micro" if argument == name else argument.removeprefix(f"{name},")
     if network not in ("micro", "resnet18"):
         raise ValueError(f"long_tail: expected micro or resnet18 behind {name!r}, got {network!r}.")
@@ -45,19 +51,28 @@ def _trials(argument: str, smoke: bool) -> tuple[str, str, str, tuple[Trial, ...
     trials = [Trial(arm, config(arm), subset) for arm in ARMS]
     trials += [Trial(label, config("decoupled"), {**subset, **prior}) for label, prior in PRIORS.items()]
     about = f"Tiny ImageNet at 32 px, list {name}, K = 2,048; {network}"
-    return argument.replace(",", "_"), about, "inat", tuple(trials)
+    whole = config("decoupled") if smoke else "prototypes:tiny"
+    return argument.replace(",", "_"), about, "inat", tuple(trials), whole
 
 
 def get_study(smoke: bool = False, argument: str = "lt100_if100") -> Study:
-    runs, about, rule, trials = _trials(argument, smoke)
+    runs, about, rule, trials, whole = _trials(argument, smoke)
     probe = {"linear": {"steps": 5} if smoke else {}}
-    linear = Evaluated("linear", {"evaluations": probe, "labels": ["fine"], "groups": rule})
-    nearest = "5" if smoke else str(evidence.K_NEAREST)
+    measures = [Evaluated("linear", {"evaluations": probe, "labels": ["fine"], "groups": rule})]
     groups = ("head", "medium", "tail")
+    nearest = "5" if smoke else str(evidence.K_NEAREST)
+    full: list[Row] = []
+    if whole is not None:
+        asked = {"evaluations": {"knn": {}, **probe}, "labels": ["fine"], "groups": f"training:{rule}"}
+        ks = {"k": [int(nearest)]}
+        measures.append(Evaluated("full", {**asked, **ks}, bank=whole))
+        full = [Row(f"full-shot k-NN {g}, %", f"measured/full/groups/fine/{g}", 100) for g in groups]
+        full += [Row(f"full-shot linear {g}, %", f"measured/full/linear/fine/groups/{g}", 100) for g in groups]
     return Study(
         name=f"long_tail_{argument.replace(',', '_')}",
         question=f"{about}. Last checkpoint; groups by training counts: more than 100, 20 to 100, fewer than 20 images "
-        "(thirds of the classes where none has more than 100). k = 20, the long-tailed training set as bank.",
+        "(thirds of the classes where none has more than 100). k = 20, the long-tailed training set as bank; "
+        "full-shot: all images of these classes to learn from, the encoder as it is.",
         trials=trials[:1] if smoke else trials,
         rows=(
             *evidence.TAIL,
@@ -65,13 +80,17 @@ def get_study(smoke: bool = False, argument: str = "lt100_if100") -> Study:
             Row("k-NN, mean over classes, %", "groups_macro/fine/all", 100),
             *(Row(f"linear {g}, %", f"measured/linear/linear/fine/groups/{g}", 100) for g in groups),
             Row("linear all, %", "measured/linear/linear/fine/accuracy", 100),
+            *full,
             *evidence.ALIVE[:2],
             Row("usage perplexity, % of K", evidence.share("prototypes/perplexity"), 100),
         ),
         seeds=evidence.SEEDS[: 1 if smoke else None],
         reference="decoupled",
-        compared=("k-NN tail, %", "k-NN all, %", "k-NN, mean over classes, %"),
-        measures=(linear,),
+        compared=(
+            *("k-NN tail, %", "k-NN all, %", "k-NN, mean over classes, %", "linear tail, %"),
+            *(row.title for row in full if "tail" in row.title),
+        ),
+        measures=tuple(measures),
         runs=runs,
         tall=True,
     )

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from protojax import cli, evaluating, loading, metrics, protocol, summary, teaching
+from protojax import cli, configs_path, evaluating, loading, measuring, metrics, protocol, summary, teaching
 from protojax import step as step_lib
+from protojax.api import SourceSpec
 from protojax.audit.measure import measure
 from protojax.checkpoint import Checkpoints
 from protojax.commands import eval as eval_command
+from protojax.config import freeze
 from protojax.data import soft_labels
+from protojax.data.records import from_arrays
 from protojax.evals.geometry import alignment, lidar
 from protojax.evals.knn import knn_accuracy
 from tests.toy import toy_config, toy_recipe
@@ -161,6 +164,38 @@ def test_transfer_learns_from_one_source_and_is_scored_on_the_shared_classes(wor
     status, text = said(capsys, "eval", workdir, f"--data={DATA}", f"--bank={bank}", "--protocol=knn")
     assert status == 2
     assert "transfer needs one label key" in text
+
+
+def test_groups_by_what_the_run_was_trained_on(monkeypatch):
+    """By name: the bank numbers its classes in another order, and has one that the run never saw."""
+    names, counts = ("pear", "apple", "fig"), (150, 3, 50)
+    trained = from_arrays(
+        "own",
+        np.zeros((sum(counts), 2, 2, 3), np.uint8),
+        {"fine": np.repeat(np.arange(3), counts)},
+        {"fine": names},
+    )
+    monkeypatch.setattr(evaluating, "_records", lambda opened, data, split, role: trained)
+    classes = {"fine": ("apple", "fig", "lime", "pear")}
+    bank = SourceSpec("bank", 2000, 1, 1, {}, classes, {"fine": np.full(4, 500)})
+    ask = lambda rule: {k: v.tolist() for k, v in evaluating._groups(None, bank, ("fine",), rule)["fine"].items()}  # noqa: E731
+    assert ask("inat") == {"head": [0, 1, 2, 3], "medium": [], "tail": []}
+    assert ask("training:inat") == {"head": [3], "medium": [1], "tail": [0, 2]}
+    assert ask("training:terciles") == {"head": [1, 3], "medium": [0], "tail": [2]}
+    with pytest.raises(ValueError, match="'training:inat': own has no labels 'coarse'"):
+        evaluating._groups(None, bank, ("coarse",), "training:inat")
+
+
+def test_a_measure_that_learns_from_another_source(workdir):
+    """Its numbers are those of `evaluate` with that bank, the run's own test split scored."""
+    plain = {**PLAIN, "groups": "training:terciles", "evaluations": {"knn": {}}}
+    numbers = measuring.Evaluated("full", plain, bank="quickstart:smoke").take(workdir, None)
+    config = freeze(configs_path.load("quickstart:smoke"))
+    record = evaluating.evaluate(workdir, protocol.make(plain), None, config.data)
+    assert numbers["data"] == {k: v["size"] for k, v in record["data"].items()}
+    assert numbers["knn"] == record["results"]["knn"]["numbers"]["knn"]
+    assert numbers["groups"] == record["results"]["knn"]["numbers"]["groups"]
+    assert numbers["protocol"] == protocol.make(plain).hash != protocol.make(PLAIN).hash
 
 
 def test_data_without_labels_leave_out_what_needs_them(workdir, tmp_path, capsys):

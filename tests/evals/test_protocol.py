@@ -98,7 +98,7 @@ def test_a_file_is_loaded_and_named_after_itself(tmp_path):
         ('{"k": [0]}', ValueError, "protocol.k: expected positive numbers"),
         ('{"crop": 1.5}', ValueError, r"protocol.crop: expected a fraction in \(0, 1\]"),
         ('{"resize": 0}', ValueError, "protocol.resize: expected null or a number of pixels"),
-        ('{"groups": "few"}', ValueError, "protocol.groups: expected 'inat' or 'terciles'"),
+        ('{"groups": "few"}', ValueError, "protocol.groups: expected one of 'inat', 'terciles', 'training:inat'"),
         ('{"temperature": 0}', ValueError, "protocol.temperature: expected a positive number"),
         ('{"seed": -1}', ValueError, "protocol.seed: expected a number >= 0"),
         ('{"checkpoint": "worst"}', ValueError, "protocol.checkpoint: expected 'last', 'best' or a step, got 'worst'"),
