@@ -223,7 +223,8 @@ def _groups(opened: Opened, bank: SourceSpec, labels: Sequence[str], asked: str)
         for label in labels:
             if label not in own.labels:
                 raise ValueError(
-                    f"protocol.groups {asked!r}: {own.name} has no labels {label!r}, only {[*own.labels]}."
+                    f"protocol.groups {asked!r}: {own.name}, which the run was trained on, has no labels {label!r}, "
+                    f"only {[*own.labels]}; name one of these as the protocol's label, or leave out 'training:'."
                 )
             trained = dict(zip(own.classes[label], class_counts(own)[label], strict=True))
             counts[label] = np.array([trained.get(name, 0) for name in bank.classes[label]], np.int64)

@@ -57,6 +57,8 @@ def each(
                 (number, task), share = waiting.popleft(), free.pop(0)
                 pool = concurrent.futures.ProcessPoolExecutor(1, context, _use_cores, (share,))
                 running[pool.submit(function, *task)] = number, pool, share
+                if stopping:  # the signal came while this one was started
+                    stop(signal.SIGTERM, None)
             for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
                 number, pool, share = running.pop(future)
                 pool.shutdown()
