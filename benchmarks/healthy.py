@@ -102,7 +102,7 @@ class Programs:
         )
 
     def initial_state(self, session: session_lib.Session) -> TrainState:
-        """As `session_lib.initial_state`."""
+        """As `protojax.session.initial_state`."""
         recipe, source = session.recipe, session.recipe.sources["train"]
         seed = jnp.int32(recipe.seed)
         state = self._init(seed, parallel.to_device(session.mesh, source.batch(0)), session.constants)

@@ -220,14 +220,15 @@ def _groups(opened: Opened, bank: SourceSpec, labels: Sequence[str], asked: str)
     rule, counts = cast(longtail.GroupRule, asked.removeprefix(TRAINING)), dict(bank.counts)
     if asked.startswith(TRAINING):
         own = _records(opened, None, None, "bank")
+        trained = class_counts(own)
         for label in labels:
             if label not in own.labels:
                 raise ValueError(
                     f"protocol.groups {asked!r}: {own.name}, which the run was trained on, has no labels {label!r}, "
                     f"only {[*own.labels]}; name one of these as the protocol's label, or leave out 'training:'."
                 )
-            trained = dict(zip(own.classes[label], class_counts(own)[label], strict=True))
-            counts[label] = np.array([trained.get(name, 0) for name in bank.classes[label]], np.int64)
+            by_name = dict(zip(own.classes[label], trained[label], strict=True))
+            counts[label] = np.array([by_name.get(name, 0) for name in bank.classes[label]], np.int64)
     return {k: longtail.groups(counts[k], rule) for k in labels if k in counts}
 
 

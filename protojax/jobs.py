@@ -35,8 +35,7 @@ def each(
         return
     context = multiprocessing.get_context("spawn")
     affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
-    free: list[set[int] | None] = [None] * jobs
-    free[:] = (core_shares(sorted(affinity(0)), jobs) if affinity else None) or free
+    free: list[set[int] | None] = [*(core_shares(sorted(affinity(0)), jobs) if affinity else [])] or [None] * jobs
     others = {*multiprocessing.active_children()}
     stopping = False
 

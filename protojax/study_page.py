@@ -104,13 +104,13 @@ def markdown(study: Study, found: Mapping[str, Mapping[int, Mapping[str, Any]]],
 
 def _missing(missing: Mapping[str, Sequence[int]], seeds: int) -> str:
     """'joint seed 2; no seed of paper, frozen' for {'joint': [2], 'paper': [0, 1, 2], 'frozen': [0, 1, 2]}."""
-    some = [
+    parts = [
         f"{label} seed{'s' * (len(left) > 1)} {', '.join(map(str, left))}"
         for label, left in missing.items()
         if 0 < len(left) < seeds
     ]
     whole = [label for label, left in missing.items() if len(left) == seeds]
-    return "; ".join(filter(None, ["; ".join(some), f"no seed of {', '.join(whole)}" if whole else ""]))
+    return "; ".join(parts + [f"no seed of {', '.join(whole)}"] * bool(whole))
 
 
 def _gap(row: Row, ours: Mapping[int, Any], theirs: Mapping[int, Any]) -> str:

@@ -49,13 +49,20 @@ def test_core_shares_are_disjoint_and_of_equal_size():
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system cannot keep a process to some cores")
 def test_every_task_has_a_new_process_and_a_share_of_the_cores(tmp_path, monkeypatch):
-    mine = min(os.sched_getaffinity(0))
-    shares = [[{mine}, {*os.sched_getaffinity(0)}], []]
-    monkeypatch.setattr(jobs, "core_shares", lambda cores, count: shares[0])
+    """What ends gives its share back; where there are none to give, a task has all cores."""
+    mine = os.sched_getaffinity(0)
+    shares = [{min(mine)}, {*mine}]
+    monkeypatch.setattr(jobs, "core_shares", lambda cores, count: shares[:count])
     assert sorted(jobs.each(write_cores, [(tmp_path, n) for n in range(3)], 2)) == [(n, None) for n in range(3)]
     seen = [(tmp_path / f"{n}.txt").read_text().split(" ", 1) for n in range(3)]
     assert len({process for process, _ in seen}) == 3
-    assert [cores for _, cores in seen][:2] == [str(sorted(share)) for share in ({mine}, os.sched_getaffinity(0))]
+    assert [cores for _, cores in seen][:2] == [str(sorted(share)) for share in shares]
+    again = [(tmp_path, n) for n in (3, 4)]  # one at a time: the second has what the first gave back
+    assert list(jobs.each(write_cores, again, 1)) == [(0, None), (1, None)]
+    monkeypatch.setattr(jobs, "core_shares", lambda cores, count: [])
+    assert list(jobs.each(write_cores, [(tmp_path, 5)], 1)) == [(0, None)]
+    last = [(tmp_path / f"{n}.txt").read_text().split(" ", 1)[1] for n in (3, 4, 5)]
+    assert last == [str(sorted(share)) for share in (shares[0], shares[0], mine)]
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -63,9 +63,9 @@ def get_study(smoke: bool = False, argument: str = "lt100_if100") -> Study:
     nearest = "5" if smoke else str(evidence.K_NEAREST)
     full: list[Row] = []
     if whole is not None:
-        asked = {"evaluations": {"knn": {}, **probe}, "labels": ["fine"], "groups": f"training:{rule}"}
-        ks = {"k": [int(nearest)]}
-        measures.append(Evaluated("full", {**asked, **ks}, bank=whole))
+        evaluations, k = {"knn": {}, **probe}, [int(nearest)]
+        asked = {"evaluations": evaluations, "labels": ["fine"], "groups": f"training:{rule}", "k": k}
+        measures.append(Evaluated("full", asked, bank=whole))
         full = [Row(f"full-shot k-NN {g}, %", f"measured/full/groups/fine/{g}", 100) for g in groups]
         full += [Row(f"full-shot linear {g}, %", f"measured/full/linear/fine/groups/{g}", 100) for g in groups]
     return Study(

@@ -32,11 +32,10 @@ def run(options: argparse.Namespace) -> int:
     out = options.out or root / f"{study.name}.md"
     command = f"protojax study {options.study}" + (" --smoke" if options.smoke else "")
     command += "" if options.data is None else " --data=DIR"
-    records, ended = out.with_suffix(".jsonl"), True
+    records, ended = out.with_suffix(".jsonl"), options.tables
     try:
         if not options.tables:
             only = tuple(label.strip() for label in options.only.split(",") if label.strip())
-            ended = False
             ended = study_lib.run(study, root, only=only, jobs=options.jobs, data=options.data, records=records)
     finally:  # also when a run failed: what the others found is on the page
         if ended or study_page.results(study, root, records):
