@@ -5,10 +5,8 @@
     python -m benchmarks.healthy --only failures            # every file of configs/failures/, seed 0
     python -m benchmarks.healthy --table                    # write the page from what is there
 
-The healthy run of a workload is the one that its failure configs start from (`protojax.failures`). Its seeds share one
-compiled step: the loop, the step, the evaluations, checkpoints and records are the trainer's own
-(`protojax.train.Loop`), but the seed is an argument of the compiled functions; a test holds that the records equal
-those of `protojax train`. A failure config is trained by the trainer itself. Each run leaves one line in
+The healthy run of a workload is the one that its failure configs start from (`protojax.failures`). The trainer trains
+them all; seeds of one configuration find its compiled programs in the cache. Each run leaves one line in
 docs/results/doctor.jsonl: what fired in training (`diagnosis` records) and what the doctor says afterwards.
 """
 
@@ -20,7 +18,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -30,18 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
 from benchmarks import full_length
-from protojax import configs_path, experiment, failures, parallel, running, summary, train
+from protojax import configs_path, experiment, failures, running, summary, train
 from protojax import session as session_lib
-from protojax import step as step_lib
-from protojax.api import Recipe, TrainState
-from protojax.checkpoint import Checkpoints
 from protojax.config import Config, freeze
-from protojax.distributed import StopFlag
-from protojax.metrics import Writer
 from protojax.reporting.doctor import examine
 
 OUT = Path("docs/results/doctor.jsonl")
@@ -52,92 +43,6 @@ HEALTHY: dict[str, Callable[[], ml_collections.ConfigDict]] = {
     "prompts": lambda: failures.prompts("healthy", "default"),
     "alignment": lambda: failures.alignment("healthy", "perceiver"),
 }
-
-
-# --------------------------------------------------------------------------------------------------- one program
-class Programs:
-    """The compiled functions of one configuration, with the seed as their first argument."""
-
-    def __init__(self, recipe: Recipe, options: session_lib.Options):
-        base = session_lib.make_session(recipe, options)
-        self.base, same, calls = base, parallel.replicated(base.mesh), options.run.steps_per_call
-        rows, stacked = parallel.batch_sharding(base.mesh), parallel.batch_sharding(base.mesh, 1)
-        join, carried = step_lib.join, (base.shardings, same)
-
-        def of(seed: jax.Array) -> Recipe:
-            return recipe._replace(seed=seed)  # type: ignore[arg-type]
-
-        self._init = jax.jit(lambda seed, b, c: step_lib.init_state(of(seed), join(b, c)), out_shardings=base.shardings)
-        self._warm = jax.jit(
-            lambda seed, s, b, c, i: step_lib.warm_up(of(seed), s, join(b, c), i), out_shardings=carried
-        )
-        self._start = jax.jit(lambda seed, s, r: step_lib.start(of(seed), s, r), out_shardings=base.shardings)
-
-        def one(seed: jax.Array, state: Any, sums: Any, batch: Any, constants: Any) -> Any:
-            return step_lib.accumulate(of(seed), (state, sums), join(batch, constants))[0]
-
-        def many(seed: jax.Array, state: Any, sums: Any, batches: Any, constants: Any) -> Any:
-            def body(carry: Any, batch: Any) -> Any:
-                return step_lib.accumulate(of(seed), carry, join(batch, constants))
-
-            return jax.lax.scan(body, (state, sums), batches, length=calls)[0]
-
-        def jitted(function: Any, batch: Any) -> Any:
-            shardings = (same, base.shardings, same, batch, same)
-            return jax.jit(function, in_shardings=shardings, out_shardings=carried, donate_argnums=(1, 2))
-
-        self._one, self._many = jitted(one, rows), jitted(many, stacked)
-        self._terms = jax.jit(lambda seed, s, b, c: step_lib.term_gradients(of(seed), s, join(b, c)))
-
-    def session(self, recipe: Recipe, options: session_lib.Options) -> session_lib.Session:
-        """A session of the loop for one seed, whose functions are those that are compiled already."""
-        seed, base = jnp.int32(recipe.seed), self.base
-        return base._replace(
-            recipe=recipe,
-            options=options,
-            constants=parallel.place_constants(base.mesh, recipe.constants),
-            one=lambda s, a, b, c: self._one(seed, s, a, b, c),
-            many=lambda s, a, b, c: self._many(seed, s, a, b, c),
-            terms=None if base.terms is None else lambda s, b, c: self._terms(seed, s, b, c),
-        )
-
-    def initial_state(self, session: session_lib.Session) -> TrainState:
-        """As `protojax.session.initial_state`."""
-        recipe, source = session.recipe, session.recipe.sources["train"]
-        seed = jnp.int32(recipe.seed)
-        state = self._init(seed, parallel.to_device(session.mesh, source.batch(0)), session.constants)
-        needed = 0 if recipe.estimator is None else recipe.estimator.start_rows
-        passes = session_lib.WARM_UP_PASSES if jax.tree.leaves(session.shapes.stats) else 0
-        collected: list[dict[str, jax.Array]] = []
-        i = 0
-        while i < passes or sum(len(r["mask"]) for r in collected) < needed:
-            batch = parallel.to_device(session.mesh, source.batch(i))
-            state, rows = self._warm(seed, state, batch, session.constants, jnp.int32(i))
-            collected += [rows] if needed else []
-            i += 1
-        if not needed:
-            return state
-        rows = {k: jnp.concatenate([r[k] for r in collected])[-needed:] for k in collected[0]}
-        return self._start(seed, state, rows)
-
-
-def train_seed(programs: Programs, recipe: Recipe, options: session_lib.Options) -> None:
-    """What `train.run` does, with these programs; records, diagnoses and checkpoints go to options.workdir."""
-    session = programs.session(recipe, options)
-    checkpoints = Checkpoints(options.workdir / "checkpoints", options.run.keep)
-    writer = Writer(options.workdir, tensorboard=False)
-    try:
-        loop = train.Loop(session, checkpoints, writer)
-        state = programs.initial_state(session)
-        loop.evaluate(state, 0)
-        loop.save(state, 0)
-        with StopFlag() as stop:
-            state, at = loop.advance(state, 0, stop)
-        if loop.evaluated(at) is None:
-            loop.evaluate(state, at)
-    finally:
-        checkpoints.close()
-        writer.close()
 
 
 def options_of(config: Config, workdir: Path) -> session_lib.Options:
@@ -197,13 +102,9 @@ def learned(workload: str, workdir: Path) -> dict[str, float]:
     return {"before": values[0], "after": values[-1]}
 
 
-def healthy_runs(
-    workload: str, seeds: Iterable[int], cfg: ml_collections.ConfigDict | None = None, keep: Path | None = None
-) -> Iterator[dict[str, Any]]:
-    """Yield a record a seed of the healthy run of a workload (or of `cfg`): one compilation for all. keep: a folder
-    that each run is copied to, so that the last stays."""
-    cfg = quiet(HEALTHY[workload]() if cfg is None else cfg)
-    programs: Programs | None = None
+def healthy_runs(workload: str, seeds: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Yield a record a seed of the healthy run of a workload."""
+    cfg = quiet(HEALTHY[workload]())
     for seed in seeds:
         cfg.seed = seed
         config = freeze(cfg)
@@ -211,10 +112,7 @@ def healthy_runs(
             warnings.simplefilter("ignore")
             began, used, options = time.perf_counter(), time.process_time(), options_of(config, Path(folder))
             recipe = experiment.build(config)
-            programs = programs or Programs(recipe, options)
-            train_seed(programs, recipe, options)
-            if keep is not None:
-                shutil.copytree(folder, keep, dirs_exist_ok=True)
+            train.run(recipe, options)
             yield {
                 "kind": "healthy", "workload": workload, "seed": seed, **fired(Path(folder)),
                 **learned(workload, Path(folder)), "seconds": round(time.perf_counter() - began, 1),

@@ -102,7 +102,7 @@ class Stepper:
 
     def operations(self) -> tuple[float, float | None]:
         """(our count, the compiled program's own count) of one step."""
-        batch = step_lib.join(self.batches[0], self.session.constants)
+        batch = step_lib.join(self.batches[0], self.session.constants.arrays)
         ours = flops.count(lambda s, b: step_lib.step(self.recipe, s, b), self.session.shapes, batch)
         found = self.compiled.cost_analysis() or {}
         return ours, found.get("flops")

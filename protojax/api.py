@@ -201,6 +201,7 @@ class Recipe(NamedTuple):
     the teacher) must be there when there is a teacher. describe(S) -> what evaluations may know about the estimator
     ('usage' [K], 'center'). diagnose(records, options) -> findings in the history of a run.
 
+    seed: of all random streams; inside compiled functions an argument (`step.Constants`), not part of the program.
     constants: frozen arrays (towers, banks): an argument of the compiled step, never closed over and never saved. All
     functions of a batch find them in batch['constants']; initialisations in spec.constants.
     keep: entries of a batch that feature banks hold beside embeddings. spec: D and N where they cannot be read off the
@@ -225,7 +226,7 @@ class Recipe(NamedTuple):
     describe: Callable[[PyTree], dict[str, Array]]
     diagnose: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
     total_steps: int
-    seed: int
+    seed: int | Array
     constants: PyTree = None
     keep: tuple[str, ...] = ()
     spec: EstimatorSpec | None = None

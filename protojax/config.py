@@ -403,6 +403,7 @@ def _validate(c: Config) -> None:
     m, d, e, s, r = c.method, c.data, c.evals, c.system, c.run
     if bool(m.epochs) == bool(m.steps):
         raise ValueError(f"config.method: set exactly one of epochs and steps, got {m.epochs!r} and {m.steps!r}.")
+    require(0 <= c.seed < 2**32, "seed", "a number from 0, below 2^32", c.seed)
     require((m.epochs or 0) >= 0, "method.epochs", "a positive number", m.epochs)
     require((m.steps or 0) >= 0, "method.steps", "a positive number", m.steps)
     require(m.micro_batches > 0, "method.micro_batches", "a positive number", m.micro_batches)

@@ -97,7 +97,7 @@ def make_probe(opened: Opened, bank: Records, test: Records | None, initial: Map
         sources["test"] = _source(opened, test, fitting)
     recipe = opened.recipe._replace(sources=sources)
     forward = probing.make_forward(recipe, opened.mesh)
-    probe = probing.make_probe(recipe, forward, opened.state, opened.mesh, initial, recipe.constants)
+    probe = probing.make_probe(recipe, forward, opened.state, opened.mesh, initial, step_lib.constants_of(recipe))
     return probe._replace(bank=_with_views(opened, bank, probe.bank))
 
 

@@ -102,8 +102,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place_constants(mesh: Mesh, constants: Any) -> Any:
-    """Frozen arrays on every device (None: there are none). Every process holds the same ones."""
-    return None if constants is None else jax.device_put(constants, replicated(mesh))
+    """Seed and frozen arrays on every device. Every process holds the same ones."""
+    return jax.device_put(constants, replicated(mesh))
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:

@@ -10,18 +10,20 @@ import numpy as np
 
 from protojax.api import Codebook, FeatureBank, Probe, Recipe, Source, TrainState
 from protojax.parallel import replicated, to_device, to_host
-from protojax.step import codebooks, join, observer, stream
+from protojax.step import Constants, codebooks, given, observer, stream
 
 VIEWED = ("image", "backbone")  # embeddings with an axis of views in front
 
 
 def make_forward(recipe: Recipe, mesh: jax.sharding.Mesh) -> Any:
-    """Jitted (variables, batch, constants=None) -> embeddings of the plain view; image and backbone without V = 1."""
+    """Jitted (variables, batch, constants=None) -> embeddings of the plain view; image and backbone without V = 1.
+    Without constants the recipe's seed is in the program, and the network sees the batch alone."""
 
-    def forward(variables: Any, batch: Any, constants: Any = None) -> dict[str, jax.Array]:
-        key = stream(recipe.seed, "evaluation")
+    def forward(variables: Any, batch: Any, constants: Constants | None = None) -> dict[str, jax.Array]:
+        seeded, batch = (recipe, batch) if constants is None else given(recipe, batch, constants)
         network = recipe.teacher or recipe.encoder
-        embeddings, _ = network.apply(variables, recipe.plain_view(join(batch, constants)), False, key)
+        key = stream(seeded.seed, "evaluation")
+        embeddings, _ = network.apply(variables, recipe.plain_view(batch), False, key)
         return {k: (v[0] if k in VIEWED and v.ndim == 3 else v) for k, v in embeddings.items()}
 
     return jax.jit(forward, out_shardings=replicated(mesh))

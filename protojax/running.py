@@ -131,7 +131,7 @@ def describe(config: Config) -> str:
         "teacher": session.shapes.teacher,
         "optimiser": session.shapes.opt,
         "estimator": session.shapes.estimator,
-        "constants": session.constants,
+        "constants": session.constants.arrays,
     }
     for name, tree in parts.items():
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from protojax import accumulation, parallel, probing
 from protojax import step as step_lib
-from protojax.api import Recipe, TrainState
+from protojax.api import Batch, Recipe, TrainState
 from protojax.config import Run, System
 from protojax.parallel_engine import engaged
 
@@ -44,7 +44,7 @@ class Session(NamedTuple):
     forward: Callable
     options: Options
     numbers: Any  # shapes of the step's metrics
-    constants: Any  # the recipe's frozen arrays, on the devices
+    constants: step_lib.Constants  # the seed and the recipe's frozen arrays, on the devices
     terms: Any  # jitted (state, batch, constants) -> gradient norm of every term of the objective; None: one term
 
 
@@ -54,8 +54,8 @@ def make_session(recipe: Recipe, options: Options) -> Session:
     mesh = parallel.make_mesh(options.system.data, options.system.proto)
     parallel.check_divisible(mesh, **{"data.batch_size": recipe.sources["train"].spec.batch_size})
     accumulation.check(recipe.micro_batches, recipe.sources["train"].spec.batch_size, mesh.size)
-    constants = parallel.place_constants(mesh, recipe.constants)
-    example = step_lib.join(parallel.global_shapes(recipe.sources["train"].batch(0)), constants)
+    constants = parallel.place_constants(mesh, step_lib.constants_of(recipe))
+    example = step_lib.join(parallel.global_shapes(recipe.sources["train"].batch(0)), constants.arrays)
     shapes = jax.eval_shape(lambda b: step_lib.init_state(recipe, b), example)
     shardings = parallel.state_shardings(mesh, shapes, options.system.fsdp)
     if recipe.micro_batches > 1 and accumulation.warning(shapes.stats):
@@ -67,8 +67,7 @@ def make_session(recipe: Recipe, options: Options) -> Session:
     terms = None
     if recipe.objective.terms is not None and recipe.micro_batches == 1:
         terms = jax.jit(
-            lambda s, b, c: step_lib.term_gradients(recipe, s, step_lib.join(b, c)),
-            out_shardings=parallel.replicated(mesh),
+            lambda s, b, c: _seeded(step_lib.term_gradients, recipe, s, b, c), out_shardings=parallel.replicated(mesh)
         )
     forward = probing.make_forward(recipe, mesh)
     return Session(recipe, mesh, shapes, shardings, one, many, forward, options, numbers, constants, terms)
@@ -79,12 +78,12 @@ def initial_state(session: Session) -> TrainState:
     recipe, mesh, source = session.recipe, session.mesh, session.recipe.sources["train"]
     batch = parallel.to_device(mesh, source.batch(0))
     state = jax.jit(
-        lambda b, c: step_lib.init_state(recipe, step_lib.join(b, c)), out_shardings=session.shardings
+        lambda b, c: step_lib.init_state(*step_lib.given(recipe, b, c)), out_shardings=session.shardings
     )(batch, session.constants)  # fmt: skip
     needed = 0 if recipe.estimator is None else recipe.estimator.start_rows
     passes = WARM_UP_PASSES if jax.tree.leaves(session.shapes.stats) else 0
     warm = jax.jit(
-        lambda s, b, c, i: step_lib.warm_up(recipe, s, step_lib.join(b, c), i),
+        lambda s, b, c, i: _seeded(step_lib.warm_up, recipe, s, b, c, i),
         out_shardings=(session.shardings, parallel.replicated(mesh)),
         donate_argnums=0,
     )
@@ -100,5 +99,15 @@ def initial_state(session: Session) -> TrainState:
         return state
     # The last rows: their batch-norm moments are nearest to those that training starts with.
     rows = {k: jnp.concatenate([r[k] for r in collected])[-needed:] for k in collected[0]}
-    begin = jax.jit(lambda s, r: step_lib.start(recipe, s, r), out_shardings=session.shardings, donate_argnums=0)
-    return begin(state, rows)
+    begin = jax.jit(
+        lambda s, r, c: step_lib.start(recipe._replace(seed=c.seed), s, r),
+        out_shardings=session.shardings,
+        donate_argnums=0,
+    )
+    return begin(state, rows, session.constants)
+
+
+def _seeded(function: Callable, recipe: Recipe, state: TrainState, batch: Batch, constants: Any, *rest: Any) -> Any:
+    """function(recipe, state, batch, *rest) with what the constants hold in the recipe and in the batch."""
+    recipe, batch = step_lib.given(recipe, batch, constants)
+    return function(recipe, state, batch, *rest)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,29 @@ from protojax.parallel_engine import engaged
 NEVER = np.iinfo(np.int32).max
 
 
-def stream(seed: int, name: str, step: Array | int = 0) -> Key:
+def stream(seed: Array | int, name: str, step: Array | int = 0) -> Key:
     """The key of a named random stream at a step: derived from (seed, name, step), never stored."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()) & 0x7FFFFFFF), step)
+
+
+class Constants(NamedTuple):
+    """What compiled functions are given beside state and batch, the same at every step.
+
+    seed: of all random streams, a uint32 scalar. An argument, not part of the program: runs that differ in their seeds
+    alone share what is compiled. arrays: the recipe's frozen ones; None where there are none."""
+
+    seed: Any
+    arrays: PyTree = None
+
+
+def constants_of(recipe: Recipe) -> Constants:
+    """On the host. Raises OverflowError for a seed that 32 bits do not hold."""
+    return Constants(np.uint32(recipe.seed), recipe.constants)
+
+
+def given(recipe: Recipe, batch: Batch, constants: Constants) -> tuple[Recipe, Batch]:
+    """Inside a compiled function: the recipe with the seed that came as an argument, and the batch with the arrays."""
+    return recipe._replace(seed=constants.seed), join(batch, constants.arrays)
 
 
 def join(batch: Batch, constants: PyTree) -> Batch:
@@ -227,7 +247,8 @@ def subtrees(recipe: Recipe, params: PyTree) -> dict[str, PyTree]:
 def term_gradients(recipe: Recipe, state: TrainState, batch: Batch) -> dict[str, Array]:
     """'grad_norm/TERM' and 'weight/TERM' of every term of the objective on one batch, nothing moved.
 
-    One forward pass, one backward pass a term: run at evaluations, not in the step. {} when there is but one term.
+    One forward pass, one backward pass a term, in turn (the pass is compiled once): run at evaluations, not in the
+    step. {} when there is but one term.
     """
     terms = recipe.objective.terms
     if terms is None:
@@ -240,12 +261,12 @@ def term_gradients(recipe: Recipe, state: TrainState, batch: Batch) -> dict[str,
         return {k: value for k, (_, value) in found.items()}, {k: weight for k, (weight, _) in found.items()}
 
     named, backward, weights = jax.vjp(values, state.params, has_aux=True)
-    zero = jax.tree.map(jnp.zeros_like, named)
+    one_each = {
+        name: (jnp.arange(len(named)) == i).astype(value.dtype) for i, (name, value) in enumerate(named.items())
+    }
+    norms = jax.lax.map(lambda cotangents: optax.tree.norm(backward(cotangents)[0]), one_each)
     out = {f"weight/{name}": jnp.asarray(weight, jnp.float32) for name, weight in weights.items()}
-    for name, value in named.items():
-        (gradient,) = backward({**zero, name: jnp.ones_like(value)})
-        out[f"grad_norm/{name}"] = optax.tree.norm(gradient)
-    return out
+    return out | {f"grad_norm/{name}": norms[i] for i, name in enumerate(named)}
 
 
 def _finite(step: Array, loss: Array, moved: Array, gradient: PyTree) -> dict[str, Array]:
@@ -307,13 +328,15 @@ def compile_step(
     State and accumulator are donated: the old state's memory is the new one's. Sweeps over prototypes are split over
     the mesh as `parallel_engine` says."""
 
-    def one(state: TrainState, accumulator: PyTree, batch: Batch, constants: PyTree) -> tuple[TrainState, PyTree]:
+    def one(state: TrainState, accumulator: PyTree, batch: Batch, constants: Constants) -> tuple[TrainState, PyTree]:
+        seeded, batch = given(recipe, batch, constants)
         with engaged(mesh):
-            return accumulate(recipe, (state, accumulator), join(batch, constants))[0]
+            return accumulate(seeded, (state, accumulator), batch)[0]
 
-    def many(state: TrainState, accumulator: PyTree, batches: Batch, constants: PyTree) -> tuple[TrainState, PyTree]:
+    def many(state: TrainState, accumulator: PyTree, batches: Batch, constants: Constants) -> tuple[TrainState, PyTree]:
         def body(carry: tuple[TrainState, PyTree], batch: Batch) -> tuple[tuple[TrainState, PyTree], None]:
-            return accumulate(recipe, carry, join(batch, constants))
+            seeded, batch = given(recipe, batch, constants)
+            return accumulate(seeded, carry, batch)
 
         with engaged(mesh):
             return jax.lax.scan(body, (state, accumulator), batches, length=calls)[0]

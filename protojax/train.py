@@ -221,7 +221,7 @@ class Loop:
 
     def _operations(self) -> float:
         recipe, constants = self.recipe, self.session.constants
-        batch = step_lib.join(parallel.global_shapes(recipe.sources["train"].batch(0)), constants)
+        batch = step_lib.join(parallel.global_shapes(recipe.sources["train"].batch(0)), constants.arrays)
         return flops.count(lambda s, b: step_lib.step(recipe, s, b), self.session.shapes, batch)
 
     def _load(self, step: int, count: int) -> dict[str, jax.Array]:

@@ -30,7 +30,7 @@ for version in 3.11 3.12; do
   marks=""
   if [ "$version" != 3.11 ]; then marks="not parity"; fi
   "$venv/bin/python" --version
-  PROTOJAX_TEST_CACHE=".cache/jax-$version" "$venv/bin/python" -m pytest -q -n "${WORKERS:-2}" --dist=worksteal -m "$marks" ||
+  PROTOJAX_TEST_COMPILE=full PROTOJAX_TEST_CACHE=".cache/jax-$version" "$venv/bin/python" -m pytest -q -n "${WORKERS:-2}" --dist=worksteal -m "$marks" ||
     failed="$failed $version"  # the other Python is tested all the same
 done
 echo "test-all: $(( $(date +%s) - began )) s on $(nproc) cores"

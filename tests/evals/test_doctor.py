@@ -20,7 +20,6 @@ from protojax.checkpoint import Checkpoints
 from protojax.cli import main
 from protojax.config import freeze
 from protojax.evals.detectors import IDS, SEVERITIES
-from protojax.evals.history import flatten
 from protojax.reporting.doctor import FIELDS, examine
 from tests.evals.test_detectors import CHANCE, PLANTED, dying_prototypes, healthy, runs
 from tests.toy import config_dict
@@ -205,25 +204,6 @@ def test_failures_fire_and_healthy_seeds_are_silent(workload, tmp_path):
     # What else the machine does decides how long a step waits for its batch.
     assert [{*r["training"], *r["doctor"]} - {"starving_input"} for r in well] == [set(), set()]
     assert all(r["after"] >= r["before"] for r in well)
-
-
-@pytest.mark.slow
-def test_seeds_of_one_program_are_the_trainers(tmp_path):
-    """What the measurement of healthy runs trains with the seed as an argument is what `protojax train` trains."""
-    cfg = measured.quiet(measured.HEALTHY["soft_labels"]())
-    cfg.method.epochs, cfg.method.steps, cfg.evals.every, cfg.run.steps_per_call = 0.0, 12, 0.5, 4
-    cfg.seed = 1
-    for _ in measured.healthy_runs("soft_labels", (0, 1), cfg, keep=tmp_path / "ours"):
-        pass
-    running.train_config(freeze(cfg), tmp_path / "theirs", say=lambda text: None)
-    ours, theirs = (
-        [json.loads(line) for line in (tmp_path / who / "metrics.jsonl").read_text().splitlines()]
-        for who in ("ours", "theirs")
-    )
-    assert [(r["kind"], r["step"]) for r in ours] == [(r["kind"], r["step"]) for r in theirs]
-    for a, b in zip(ours, theirs, strict=True):
-        if a["kind"] != "diagnosis":
-            assert flatten(a["metrics"]) == pytest.approx(flatten(b["metrics"]), rel=1e-4, abs=1e-5, nan_ok=True)
 
 
 @pytest.mark.slow
