@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -117,6 +118,8 @@ class Mirror:
         for folder in (NEWEST, BEST):
             for step in steps_below(self.workdir / folder):
                 self.later(self.workdir / folder / str(step))
+            # Again: when the last one was copied, older ones may not have gone yet.
+            self._pending.append(self._one.submit(self._guarded, functools.partial(self._prune, folder)))
         self._pending.append(self._one.submit(self._guarded, self._copy_files))
         self._wait()
         self._settled.clear()
@@ -158,10 +161,16 @@ class Mirror:
             return
         self._copy_files()
         complete.write_text(json.dumps({"files": files}))
-        here = {*steps_below(checkpoint.parent), int(step)}
-        for old in self._complete(checkpoint.parent.name) - here:
-            (folder / f"{old}{COMPLETE}").unlink()
-            (folder / str(old)).rmtree()
+        self._prune(checkpoint.parent.name)
+
+    def _prune(self, folder: str) -> None:
+        """Remove copies of checkpoints that the workdir has no more, older than one that it has and that is copied."""
+        here, copied = {*steps_below(self.workdir / folder)}, self._complete(folder)
+        newest = max(here & copied, default=-1)
+        for old in copied - here:
+            if old < newest:
+                (self._root / folder / f"{old}{COMPLETE}").unlink()
+                (self._root / folder / str(old)).rmtree()
 
     def _upload(self, checkpoint: Path, target: Any) -> dict[str, int]:
         """Sizes of the checkpoint's files, by name below it, copied to `target`. FileNotFoundError: some are gone."""
@@ -175,18 +184,15 @@ class Mirror:
     def _copy_files(self) -> None:
         """Everything of the workdir that is no checkpoint and has changed since it was last copied."""
         names = []
-        for path in sorted(self.workdir.rglob("*")):
-            name = path.relative_to(self.workdir)
-            aside = name.parts[0] in (NEWEST, BEST) or name.parts[0].startswith((".", "damaged-"))
-            if aside or path.suffix == ".tmp" or not path.is_file():
-                continue
-            names.append(str(name))
+        for name in _besides(self.workdir):
+            path = self.workdir / name
+            names.append(name)
             now = (path.stat().st_size, path.stat().st_mtime_ns)
-            if self._sizes.get(str(name)) != now:
-                target = self._root / "files" / str(name)
+            if self._sizes.get(name) != now:
+                target = self._root / "files" / name
                 self._make([target])
                 _copy(path, target)
-                self._sizes[str(name)] = now
+                self._sizes[name] = now
         (self._root / "files.json").write_text(json.dumps(names))
 
     # -------------------------------------------------------------------------------------------------- helpers
@@ -238,6 +244,18 @@ def following(url: str | None, workdir: Path, say: Callable[[str], None]) -> Ite
             )
     finally:
         mirror.close()
+
+
+def _besides(workdir: Path) -> list[str]:
+    """Files that belong to no checkpoint. Folders of checkpoints are not entered: they may go meanwhile."""
+    found = []
+    for folder, inner, files in os.walk(workdir):
+        if Path(folder) == workdir:
+            inner[:] = [n for n in inner if n not in (NEWEST, BEST) and not n.startswith((".", "damaged-"))]
+            files = [n for n in files if not n.startswith((".", "damaged-"))]
+        paths = [Path(folder) / name for name in files if not name.endswith(".tmp")]
+        found += [str(path.relative_to(workdir)) for path in paths if path.is_file()]
+    return sorted(found)
 
 
 def _remove(folder: Any) -> None:

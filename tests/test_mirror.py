@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,22 @@ def test_a_checkpoint_may_go_while_it_is_copied(tmp_path, store, monkeypatch, le
         assert len(said) == 1
         assert "FileNotFoundError" in said[0]
         assert complete(store) == []
+
+
+def test_files_beside_checkpoints_are_found_without_entering_these(tmp_path, monkeypatch):
+    """A checkpoint may be deleted while the files are listed."""
+    names = ("checkpoints/1/state/x", "best/2/state", ".tmp-fetch/1", "damaged-1/state", "metrics.jsonl", "config.tmp",
+             "tensorboard/events", "tensorboard/deep/events", "report.html")  # fmt: skip
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    entered, scan = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: entered.append(Path(path).name) or scan(path))
+    assert mirror_lib._besides(tmp_path) == [
+        "metrics.jsonl", "report.html", "tensorboard/deep/events", "tensorboard/events"
+    ]  # fmt: skip
+    assert entered == [tmp_path.name, "tensorboard", "deep"]
 
 
 def test_what_is_copied_comes_back_on_an_empty_machine_and_old_copies_go(tmp_path, store):

@@ -224,7 +224,7 @@ def test_rare_component_survives_absence_under_drift_only_with_responsibility_fo
     assert distance["responsibility"] < 0.4
     assert distance["uniform"] > 0.6
     assert usage["responsibility"] > 0.03
-    assert usage["uniform"] == 0.0
+    assert usage["uniform"] < 1e-30  # 0 where what is below float32's least normal number is flushed
 
 
 # ---------------------------------------------------------------------------------------------------- switches
