@@ -26,13 +26,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 
 from benchmarks import full_length
-from protojax import configs_path, experiment, failures, running, summary, train
-from protojax import session as session_lib
-from protojax.config import Config, freeze
+from protojax import configs_path, experiment, failures, running, summary
+from protojax.config import freeze
 from protojax.reporting.doctor import examine
 
 OUT = Path("docs/results/doctor.jsonl")
@@ -43,13 +41,6 @@ HEALTHY: dict[str, Callable[[], ml_collections.ConfigDict]] = {
     "prompts": lambda: failures.prompts("healthy", "default"),
     "alignment": lambda: failures.alignment("healthy", "perceiver"),
 }
-
-
-def options_of(config: Config, workdir: Path) -> session_lib.Options:
-    """The loop's options for a run in `workdir`, silent."""
-    say: Callable[[str], None] = lambda text: None  # noqa: E731
-    fingerprint = running.fingerprint(config)
-    return session_lib.Options(workdir, config.run, config.system, config.evals.every, fingerprint, say=say)
 
 
 def quiet(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -102,21 +93,37 @@ def learned(workload: str, workdir: Path) -> dict[str, float]:
     return {"before": values[0], "after": values[-1]}
 
 
-def healthy_runs(workload: str, seeds: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """Yield a record a seed of the healthy run of a workload."""
-    cfg = quiet(HEALTHY[workload]())
+def train(cfg: ml_collections.ConfigDict, workdir: Path, cache: str) -> None:
+    """As `protojax train` does, silent. cache: folder of compiled programs."""
+    cfg = quiet(cfg)
+    cfg.system.compilation_cache = cache
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        running.train_config(freeze(cfg), workdir, say=lambda text: None)
+
+
+def clocks() -> tuple[float, float]:
+    """(seconds, processor seconds) that are given to `outcome`."""
+    return time.perf_counter(), time.process_time()
+
+
+def outcome(workdir: Path, began: tuple[float, float]) -> dict[str, Any]:
+    """What a run of either kind leaves on record: what fired, and how long it took since `began`."""
+    seconds, processor = (round(now - then, 1) for now, then in zip(clocks(), began, strict=True))
+    return {**fired(workdir), "seconds": seconds, "cpu_seconds": processor, "versions": summary.versions()}
+
+
+def healthy_runs(workload: str, seeds: Iterable[int], cache: str = "") -> Iterator[dict[str, Any]]:
+    """Yield a record a seed of the healthy run of a workload. cache: as of `train`."""
+    cfg = HEALTHY[workload]()
     for seed in seeds:
         cfg.seed = seed
-        config = freeze(cfg)
-        with tempfile.TemporaryDirectory(prefix="protojax-healthy-") as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            began, used, options = time.perf_counter(), time.process_time(), options_of(config, Path(folder))
-            recipe = experiment.build(config)
-            train.run(recipe, options)
+        with tempfile.TemporaryDirectory(prefix="protojax-healthy-") as folder:
+            began = clocks()
+            train(cfg, Path(folder), cache)
             yield {
-                "kind": "healthy", "workload": workload, "seed": seed, **fired(Path(folder)),
-                **learned(workload, Path(folder)), "seconds": round(time.perf_counter() - began, 1),
-                "cpu_seconds": round(time.process_time() - used, 1), "versions": summary.versions(),
+                "kind": "healthy", "workload": workload, "seed": seed, **learned(workload, Path(folder)),
+                **outcome(Path(folder), began),
             }  # fmt: skip
 
 
@@ -135,18 +142,11 @@ def expected(name: str) -> list[str]:
 
 
 def failure_run(name: str, workdir: Path, cache: str = "") -> dict[str, Any]:
-    """Train one failure config as `protojax train` does and say what fired. cache: folder of compiled programs."""
-    cfg = quiet(configs_path.load(f"failures/{name}"))
-    cfg.system.compilation_cache = cache
-    began, used = time.perf_counter(), time.process_time()
-    with warnings.catch_warnings(), contextlib.suppress(FloatingPointError):  # not_finite stops the run
-        warnings.simplefilter("ignore")
-        running.train_config(freeze(cfg), workdir, say=lambda text: None)
-    return {
-        "kind": "failure", "config": name, **fired(workdir),
-        "seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(time.process_time() - used, 1),
-        "versions": summary.versions(),
-    }  # fmt: skip
+    """Train one failure config and say what fired. cache: as of `train`."""
+    began = clocks()
+    with contextlib.suppress(FloatingPointError):  # not_finite stops the run
+        train(configs_path.load(f"failures/{name}"), workdir, cache)
+    return {"kind": "failure", "config": name, **outcome(workdir, began)}
 
 
 # ---------------------------------------------------------------------------------------------------------- page
@@ -257,7 +257,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cache", default=os.path.expanduser("~/.cache/protojax/jax"), help="of compiled programs")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
-    jax.config.update("jax_compilation_cache_dir", options.cache)
     done = read_lines(options.out)
     names = [] if options.table else options.only.split(",")
     with options.out.open("a", encoding="utf-8") as file:
@@ -270,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         for workload in (name for name in names if name in HEALTHY):
             had = {r["seed"] for r in done if r["kind"] == "healthy" and r["workload"] == workload}
-            for record in healthy_runs(workload, [s for s in range(options.seeds) if s not in had]):
+            for record in healthy_runs(workload, [s for s in range(options.seeds) if s not in had], options.cache):
                 keep(record)
         had = {r["config"] for r in done if r["kind"] == "failure"}
         for name in failure_names():
